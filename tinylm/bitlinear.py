@@ -1,0 +1,172 @@
+"""BitLinear: a linear layer with ternary weights and 8-bit activations (BitNet b1.58)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.config import Activation
+from tinylm.packing import check_packed, pack, unpack
+from tinylm.quantization import (
+    accumulate,
+    dequantize,
+    quantize_activation,
+    storage_dtype,
+    ternarize,
+)
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the matrix product: autocast's if it is on, else float32."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    return _matmul_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _dequantize_to(accumulator: Tensor, scale: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale the sums in float32, or in float64 where that is wanted, and round once to dtype."""
+    inner = torch.promote_types(dtype, torch.float32)
+    return dequantize(accumulator.to(inner), scale, s).to(dtype)
+
+
+class _TernaryLinear(torch.autograd.Function):
+    """``y = dequantize(q(x) . codes(W))`` with straight-through gradients.
+
+    Both quantisers count as the identity in the backward pass, so with ``x_hat = q / s`` and
+    ``w_hat = codes * scale``: ``dx = dy . w_hat`` and ``dW = dy^T . x_hat``. What is kept for it
+    takes one byte a value, not four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, activation: Activation, out_dtype: torch.dtype
+    ) -> Tensor:
+        dtype = _matmul_dtype(x)
+        codes, scale = ternarize(weight)
+        q, s = quantize_activation(x, activation)
+        with torch.autocast(x.device.type, enabled=False):
+            accumulator = accumulate(q.to(dtype), codes.to(dtype), activation)
+            y = _dequantize_to(accumulator, scale, s, out_dtype)
+        ctx.save_for_backward(q.to(storage_dtype(activation)), s, codes.to(torch.int8), scale)
+        ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        q, s, codes, scale = ctx.saved_tensors
+        dtype = ctx.dtype
+        dx = dw = None
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = (dy.to(dtype) @ codes.to(dtype) * scale).to(ctx.x_dtype)  # [..., K]
+            if ctx.needs_input_grad[1]:
+                x_hat = (q.float() / s).to(dtype).flatten(0, -2)  # [M, K]
+                dw = (dy.to(dtype).flatten(0, -2).t() @ x_hat).to(ctx.weight_dtype)  # [N, K]
+        return dx, dw, None, None
+
+
+class BitLinear(nn.Module):
+    """Linear layer without bias, with ternary weights and 8-bit activations.
+
+    The input is expected to be RMS-normed. The float32 master weight is quantised in each forward
+    pass; gradients pass straight through both quantisers. In evaluation mode without gradients the
+    codes are kept until the weight changes.
+
+    Args:
+        in_features: K, a multiple of 4.
+        out_features: N.
+        activation: Number format of the activations.
+
+    Shape:
+        x [..., K] -> y [..., N], in x's dtype (autocast's dtype under autocast).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, activation: Activation = "int8"
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+        self._codes: tuple[tuple[int, int, torch.dtype], Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` if that is given."""
+        out_dtype = out_dtype or _output_dtype(x)
+        if self.training or torch.is_grad_enabled():
+            return _TernaryLinear.apply(x, self.weight, self.activation, out_dtype)
+        dtype = _matmul_dtype(x)
+        codes, scale = self.weight_codes(dtype)
+        q, s = quantize_activation(x, self.activation)
+        with torch.autocast(x.device.type, enabled=False):
+            accumulator = accumulate(q.to(dtype), codes, self.activation)
+            return _dequantize_to(accumulator, scale, s, out_dtype)
+
+    def train(self, mode: bool = True) -> BitLinear:
+        """Switch between training and evaluation; training drops the kept codes."""
+        if mode:
+            self._codes = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def weight_codes(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+        """Return the ternary codes, [N, K] of ``dtype``, and their scale, a float32 scalar."""
+        key = (self.weight.data_ptr(), self.weight._version, dtype)
+        if self._codes is not None and self._codes[0] == key:
+            return self._codes[1], self._codes[2]
+        codes, scale = ternarize(self.weight)
+        codes = codes.to(dtype)
+        if not self.training:
+            self._codes = (key, codes, scale)
+        return codes, scale
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, activation={self.activation}"
+
+
+class PackedBitLinear(nn.Module):
+    """Inference form of :class:`BitLinear`: 2-bit weights, the same output bit for bit in float32.
+
+    Attributes:
+        weight: uint8 [N, K / 4], see :mod:`tinylm.packing`.
+        weight_scale: float32 [N], one scale a row, so that layers can be fused along N.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, *, activation: Activation = "int8"
+    ) -> None:
+        super().__init__()
+        check_packed(weight, "weight")
+        self.activation = activation
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+
+    @classmethod
+    def from_bit_linear(cls, layer: BitLinear) -> PackedBitLinear:
+        """Pack a trained layer."""
+        codes, scale = layer.weight_codes()
+        rows = scale.expand(layer.out_features).contiguous()
+        return cls(pack(codes), rows, activation=layer.activation)
+
+    def weight_codes(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+        """Return the ternary codes, [N, K] of ``dtype``, and their scales, float32 [N]."""
+        return unpack(self.weight, dtype), self.weight_scale
+
+    def forward(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` or else x's dtype."""
+        q, s = quantize_activation(x, self.activation)
+        codes, scale = self.weight_codes(torch.float32)
+        accumulator = accumulate(q, codes, self.activation)
+        return _dequantize_to(accumulator, scale, s, out_dtype or x.dtype)

@@ -1,0 +1,29 @@
+"""Why float32 inference carries some sums in float64.
+
+An int8 quantiser turns a difference of one float32 rounding into a whole step wherever a value
+lies near the middle between two steps, and the layers behind it multiply such steps: two correct
+float32 implementations of the same network differ by 1e-2 in the logits. So in float32 inference
+everything between two quantisers that depends on the order of summation or on a library's exp,
+sin or cos is computed in float64 and rounded to float32 once. Then PyTorch, ONNX Runtime and the
+native kernels agree in every bit but about one in 1e8, and the quantised activations agree too.
+
+Training, autocast and half precision use the ordinary, faster float32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inner_dtype(x: Tensor, *, training: bool) -> torch.dtype:
+    """Return the dtype for sums and transcendental functions on x: float64 in float32 inference.
+
+    Args:
+        x: The activations.
+        training: Whether the module is in training mode.
+    """
+    kind = x.device.type
+    if training or x.dtype != torch.float32 or torch.is_autocast_enabled(kind) or kind == "mps":
+        return torch.float32
+    return torch.float64

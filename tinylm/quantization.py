@@ -1,0 +1,108 @@
+"""BitNet b1.58 numerics: the one definition that every backend is held to.
+
+Source: microsoft/unilm, *The Era of 1-bit LLMs: Training Tips, Code and FAQ*; weights by absmean,
+activations by per-token absmax. Rounding is half to even everywhere.
+
+The sum ``q . code`` is exact in both formats, whatever the order of summation. For int8 it is an
+integer below 2**24 for K up to 131072, which float32 holds. For fp8_e4m3 the values are split into
+two parts whose sums float32 holds too (:func:`accumulate`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylm.config import ACTIVATIONS
+from tinylm.errors import ConfigError
+
+MIN_SCALE = 1e-5
+INT8_MAX = 127.0
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+MAX_EXACT_K = 2**24 // 448  # K up to which float32 holds every sum, in both formats
+
+
+def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight matrix to ternary codes and one scale (absmean).
+
+    Args:
+        weight: Floating point [N, K].
+
+    Returns:
+        codes: float32 [N, K] holding exactly -1, 0 or 1.
+        scale: float32 scalar, ``max(mean(|W|), 1e-5)``; ``codes * scale`` approximates ``weight``.
+    """
+    weight = weight.float()
+    scale = weight.abs().mean().clamp_min(MIN_SCALE)
+    return (weight / scale).round_().clamp_(-1.0, 1.0), scale
+
+
+def quantize_activation(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Quantise activations per token (absmax over the last dimension).
+
+    int8: ``s = 127 / max(|x|max, 1e-5)``, ``q = clamp(round(x * s), -128, 127)``.
+    fp8_e4m3: ``s = 448 / max(|x|max, 1e-5)``, ``q = e4m3(x * s)``.
+
+    Args:
+        x: Floating point [..., K].
+        activation: ``"int8"`` or ``"fp8_e4m3"``.
+
+    Returns:
+        q: float32 [..., K] holding values that int8 or float8_e4m3fn represents exactly.
+        s: float32 [..., 1], the multiplier; ``q / s`` approximates ``x``.
+
+    Raises:
+        ConfigError: Unknown activation format.
+    """
+    x = x.float()
+    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min(MIN_SCALE)  # [..., 1]
+    if activation == "int8":
+        s = INT8_MAX / absmax
+        return (x * s).round_().clamp_(-128.0, INT8_MAX), s
+    if activation == "fp8_e4m3":
+        s = FP8_MAX / absmax
+        # The product may round to just above 448, which float8_e4m3fn would turn into NaN.
+        q = (x * s).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return q.float(), s
+    raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}.")
+
+
+def storage_dtype(activation: str) -> torch.dtype:
+    """Return the dtype that holds quantised activations without loss."""
+    return torch.int8 if activation == "int8" else torch.float8_e4m3fn
+
+
+def accumulate(q: Tensor, codes: Tensor, activation: str) -> Tensor:
+    """Compute ``q . code``, exactly where the dtype is float32.
+
+    Every float8_e4m3fn value is an integer of at most 448 plus a multiple of 2**-9 of at most 1/2.
+    The sums of either part are exact in float32 for K up to 37449, so that adding the two rounds
+    once: the result is the exact sum rounded to float32.
+
+    Args:
+        q: Quantised activations [..., K] in float32, or in a dtype that holds them without loss.
+        codes: Ternary codes [N, K] in the same dtype.
+        activation: ``"int8"`` or ``"fp8_e4m3"``.
+
+    Returns:
+        [..., N] in the dtype of ``q``.
+    """
+    if activation == "fp8_e4m3" and q.dtype == torch.float32:
+        whole = q.round()
+        return F.linear(whole, codes) + F.linear(q - whole, codes)
+    return F.linear(q, codes)
+
+
+def dequantize(accumulator: Tensor, weight_scale: Tensor, s: Tensor) -> Tensor:
+    """Turn ``q . code`` into the layer's output: ``accumulator * weight_scale / s``.
+
+    Args:
+        accumulator: [..., N].
+        weight_scale: float32 scalar or [N].
+        s: float32 [..., 1], the activation multiplier.
+
+    Returns:
+        [..., N] in float32, or in the accumulator's dtype where that is wider.
+    """
+    return accumulator * weight_scale / s
