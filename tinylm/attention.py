@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.bitlinear import BitLinear
-from tinylm.cache import LatentCache
+from tinylm.latent_cache import LatentCache
 from tinylm.config import Activation, ModelConfig
 from tinylm.latent_attention import (
     attend_absorbed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from tinylm.cache import LatentCache
+from tinylm.latent_cache import LatentCache
 from tinylm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinylm.attention import FlashMLA
 from tinylm.bitlinear import BitLinear, PackedBitLinear
-from tinylm.cache import LatentCache
+from tinylm.latent_cache import LatentCache
 from tinylm.config import ModelConfig
 from tinylm.latent_attention import rotary_angles
 from tinylm.norm import RMSNorm

@@ -58,10 +58,10 @@ def quantize_activation(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     x = x.float()
     absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min(MIN_SCALE)  # [..., 1]
     if activation == "int8":
-        s = INT8_MAX / absmax
+        s = torch.full_like(absmax, INT8_MAX).div_(absmax)  # 127 / tensor would round twice
         return (x * s).round_().clamp_(-128.0, INT8_MAX), s
     if activation == "fp8_e4m3":
-        s = FP8_MAX / absmax
+        s = torch.full_like(absmax, FP8_MAX).div_(absmax)
         # The product may round to just above 448, which float8_e4m3fn would turn into NaN.
         q = (x * s).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return q.float(), s

@@ -1,0 +1,1 @@
+"""Graph rewrites over the exported ONNX model, one a file."""
