@@ -11,7 +11,7 @@ import onnx
 import onnx.parser
 
 from tinylm.errors import ExportError
-from tinylm_export.ops import DOMAIN, OPSET, OPS
+from tinylm_export.ops import DOMAIN, OPS, OPSET
 
 # Types in Cast: 1 float, 2 uint8, 3 int8, 6 int32, 7 int64, 11 double, 17 float8e4m3fn.
 _NORM = """
@@ -334,9 +334,7 @@ def _bit_linear(activation: str, *, norm: bool) -> str:
         "fp8_e4m3": (_QUANTIZE_FP8, _BIT_LINEAR_FP8),
     }
     if activation not in middle:
-        raise ExportError(
-            f"activation must be one of {', '.join(middle)}, found {activation!r}."
-        )
+        raise ExportError(f"activation must be one of {', '.join(middle)}, found {activation!r}.")
     quantize, product = middle[activation]
     if norm:
         start, source = _NORM.format(x="x", weight="norm_weight"), "x_normed"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tinylm_export.ops import DOMAIN, OPSET, OPS, VERSION
+from tinylm_export.ops import DOMAIN, OPS, OPSET, VERSION
 
 Dims = Sequence[int | str]
 
@@ -94,6 +94,14 @@ class GraphBuilder:
             )
         )
         return values
+
+    def take_nodes(self) -> list[ir.Node]:
+        """Return the nodes, for a graph that exists already."""
+        return self._nodes
+
+    def take_initializers(self) -> dict[str, ir.Value]:
+        """Return the initializers by name, for a graph that exists already."""
+        return self._initializers
 
     def graph(self) -> ir.Graph:
         """Return the finished graph."""

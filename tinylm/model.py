@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinylm.attention import FlashMLA
 from tinylm.bitlinear import BitLinear, PackedBitLinear
 from tinylm.latent_cache import LatentCache
-from tinylm.config import ModelConfig
+from tinylm.config import Activation, ModelConfig
 from tinylm.latent_attention import rotary_angles
 from tinylm.norm import RMSNorm
 from tinylm.precision import inner_dtype
@@ -320,6 +320,17 @@ class TinyLM(nn.Module):
             )
         for layer in self.layers:
             layer.self_attn.backend = name
+
+    def set_activation(self, activation: Activation) -> None:
+        """Choose the number format of activations; the latent stays int8.
+
+        Raises:
+            ConfigError: Unknown format.
+        """
+        self.config = self.config.replace(activation=activation)
+        for name, layer in self.named_modules():
+            if isinstance(layer, (BitLinear, PackedBitLinear)) and not name.endswith("kv_b_proj"):
+                layer.activation = activation
 
     def num_parameters(self) -> int:
         """Return the number of parameters, shared ones once."""
