@@ -39,13 +39,14 @@ def import_onnxruntime() -> object:
 
 
 def make_inference_session(
-    model: str | bytes | Path, *, num_threads: int | None = None
+    model: bytes | Path, *, num_threads: int | None = None, data_folder: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session on the CPU.
 
     Args:
         model: Path of a model, or its bytes.
         num_threads: Threads within an op; default ONNX Runtime's own choice.
+        data_folder: Where the weights' file lies, for a model given as bytes.
 
     Raises:
         ExportError: ONNX Runtime can't load the model; holds its reason.
@@ -56,6 +57,9 @@ def make_inference_session(
     options.log_severity_level = 3
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
+    if data_folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(data_folder))
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind exceptions of onnxruntime share no public base class

@@ -12,8 +12,25 @@ Training, autocast and half precision use the ordinary, faster float32 arithmeti
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+
+_wide_inference = True
+
+
+@contextlib.contextmanager
+def ordinary_float32() -> Iterator[None]:
+    """Use ordinary float32 arithmetic in inference too, to measure what the wide one is worth."""
+    global _wide_inference
+    _wide_inference = False
+    try:
+        yield
+    finally:
+        _wide_inference = True
 
 
 def inner_dtype(x: Tensor, *, training: bool) -> torch.dtype:
@@ -24,6 +41,7 @@ def inner_dtype(x: Tensor, *, training: bool) -> torch.dtype:
         training: Whether the module is in training mode.
     """
     kind = x.device.type
-    if training or x.dtype != torch.float32 or torch.is_autocast_enabled(kind) or kind == "mps":
+    wide = _wide_inference and not training and x.dtype == torch.float32
+    if not wide or torch.is_autocast_enabled(kind) or kind == "mps":  # mps has no float64
         return torch.float32
     return torch.float64
