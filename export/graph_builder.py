@@ -41,7 +41,7 @@ class GraphBuilder:
     def initializer(self, name: str, array: np.ndarray) -> ir.Value:
         """Add a constant, or return the one of that name."""
         if name not in self._initializers:
-            tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+            tensor = ir.tensor(np.asarray(array, order="C"), name=name)
             value = ir.Value(
                 name=name,
                 type=ir.TensorType(tensor.dtype),

@@ -26,14 +26,14 @@ def import_onnxruntime() -> object:
     """Import onnxruntime.
 
     Raises:
-        ExportError: It is not installed; says which package to install.
+        ExportError: It is not installed, or broken; says which package to install.
     """
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(
-            "onnxruntime is not installed. Run `pip install 'tinylm[cpu]'`, or 'tinylm[gpu]' on a "
-            "machine with a CUDA GPU (not both: they install the same files)."
+            f"onnxruntime can't be imported ({error}). Run `pip install 'tinylm[cpu]'`, or "
+            "'tinylm[gpu]' on a machine with a CUDA GPU (not both: they install the same files)."
         ) from error
     return onnxruntime
 

@@ -15,14 +15,16 @@ They are for inference and define no gradients; :class:`tinylm.bitlinear.BitLine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.config import PACK_LANES, Activation, AttentionShape
+from tinylm.config import PACK_LANES, Activation, AttentionShape, float32
 from tinylm.errors import ExportError
 from tinylm.latent_attention import (
     attend_absorbed,
@@ -89,7 +91,7 @@ def _bit_linear(
     normed = x.float()
     if norm_weight is not None:
         _require("norm_weight", norm_weight, [inputs])
-        normed = rms_norm(x, norm_weight, eps)
+        normed = rms_norm(x, norm_weight, float32(eps))
     q, s = quantize_activation(normed, activation)
     accumulator = accumulate(q, unpack(weight, torch.float32), activation)
     return dequantize(accumulator, weight_scale, s).to(x.dtype)
@@ -130,9 +132,9 @@ def _flash_mla(
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         value_dim=value_dim,
-        theta=theta,
-        eps=eps,
-        softmax_scale=softmax_scale,
+        theta=float32(theta),
+        eps=float32(eps),
+        softmax_scale=float32(softmax_scale),
     )
     batch, length = q.shape[:2]
     rank, capacity = kv_norm_weight.shape[0], past_scale.shape[1]
@@ -151,10 +153,10 @@ def _flash_mla(
             f"{longest}. Give a larger cache or fewer tokens."
         )
     positions = past[:, None] + torch.arange(length, device=q.device)  # [B, S]
-    cos, sin = (angle.double() for angle in rotary_angles(positions, rope_dim, theta))
+    cos, sin = (angle.double() for angle in rotary_angles(positions, rope_dim, shape.theta))
     q_nope, q_rope = split_query(q, (cos, sin), shape)  # [B, S, H, nope], [B, S, H, P]
     new_latent, new_rope = kv.split([rank, rope_dim], dim=-1)
-    codes, s = quantize_activation(rms_norm(new_latent, kv_norm_weight, eps), "int8")
+    codes, s = quantize_activation(rms_norm(new_latent, kv_norm_weight, shape.eps), "int8")
     cache = LatentCache.from_tensors(
         past_latent.clone(), past_scale.clone(), past_rope.clone(), past
     )
@@ -184,12 +186,10 @@ def _flash_mla(
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``: two tensors [..., K] -> [..., K]."""
-    return torch.nn.functional.silu(gate.double()).to(gate.dtype) * up
+    return F.silu(gate.double()).to(gate.dtype) * up
 
 
-def _require(
-    name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype | None = None
-) -> None:
+def _require(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype | None = None) -> None:
     if list(tensor.shape) != shape or dtype not in (None, tensor.dtype):
         expected = f"{dtype} {shape}" if dtype else f"{shape}"
         raise ValueError(
@@ -239,8 +239,85 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     It turns each PyTorch op into the ONNX op of the same name. Pass ``opset_version=OPSET`` too,
     and finish with :func:`add_function_bodies`.
     """
-    import onnxscript
+    import onnxscript  # slow, and only traced exports need it
 
     register_onnx_schemas()
     opset = onnxscript.values.Opset(DOMAIN, VERSION)
     return {torch_op(name): _translation(opset, spec) for name, spec in OPS.items()}
+
+
+def _translation(opset: Any, spec: OpSpec) -> Callable[..., Any]:
+    """Make the function that the exporter calls for one op, with the op's own signature."""
+
+    def translate(*inputs: Any, **attributes: Any) -> Any:
+        return getattr(opset, spec.name)(*inputs, **attributes)
+
+    kind = inspect.Parameter
+    translate.__name__ = TORCH_NAMES[spec.name]
+    # The exporter matches a call's arguments to the function's parameters by name.
+    translate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            kind(
+                item.name, kind.POSITIONAL_OR_KEYWORD, default=None if item.optional else kind.empty
+            )
+            for item in spec.inputs
+        ]
+        + [
+            kind(
+                item.name,
+                kind.KEYWORD_ONLY,
+                default=kind.empty if item.default is None else item.default,
+            )
+            for item in spec.attributes
+        ]
+    )
+    return translate
+
+
+def add_function_bodies(model: ir.Model) -> ir.Model:
+    """Add to a model the function bodies of the custom ops it holds, in place, and return it.
+
+    A stock ONNX Runtime then runs it without any extra library. Bodies of ops that the model does
+    not hold are left out.
+
+    Raises:
+        ExportError: Another operator set than the bodies are written in, an op that the contract
+            does not know, or BitLinear in two variants, which can't share one body.
+    """
+    everywhere = ir.traversal.RecursiveGraphIterator(model.graph)  # also inside If and Loop
+    nodes = [node for node in everywhere if node.domain == DOMAIN]
+    for node in nodes:
+        if node.op_type not in OPS:
+            raise ExportError(
+                f"node {node.name!r}: {DOMAIN}::{node.op_type} is not an op of the contract, "
+                f"expected one of {', '.join(OPS)}."
+            )
+    found = model.opset_imports.get("")
+    if nodes and found != OPSET:
+        raise ExportError(
+            f"the function bodies need ONNX operator set {OPSET}, the model has {found}. "
+            f"Export it with opset_version={OPSET}."
+        )
+    variants = {_variant(node): node for node in nodes if node.op_type == "BitLinear"}
+    if len(variants) > 1:
+        listed = ", ".join(
+            f"{node.name!r} {activation} {'with' if norm else 'without'} norm_weight"
+            for (activation, norm), node in variants.items()
+        )
+        raise ExportError(
+            "every BitLinear of a model must have the same activation format and all or none a "
+            f"norm_weight, because they share one function body; found {listed}."
+        )
+    activation, norm = next(iter(variants), ("int8", True))
+    used = {node.op_type for node in nodes}
+    for proto in function_bodies(activation, norm=norm):
+        if proto.name in used:
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+    return model
+
+
+def _variant(node: ir.Node) -> tuple[str, bool]:
+    attribute = node.attributes.get("activation")
+    activation = "int8" if attribute is None else attribute.as_string()
+    return activation, len(node.inputs) > 3 and node.inputs[3] is not None

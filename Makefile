@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv; nothing is installed anywhere else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup lint test demo bench clean
+
+help:
+	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
+	@echo "make test    ruff, mypy and pytest"
+	@echo "make lint    ruff and mypy only"
+	@echo "make setup   make $(VENV) only"
+	@echo "make clean   remove $(VENV), demo/ and caches"
+
+setup: $(READY)
+
+# uv installs PyTorch and the rest in seconds where pip takes minutes.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	    f"TinyLM needs Python 3.10 or newer, found {v.major}.{v.minor}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cpu,dev]'
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+demo: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,485 @@
+"""Prefill and decode speed and memory of each runtime that is there.
+
+Every runtime loads in a fresh process (:mod:`tinylm_export.bench_worker`), proves that it gives the
+same greedy tokens as the first one, and is then timed in turns with the others, so that whatever
+else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from tinylm.checkpoint import MODEL_FILE, resolve_checkpoint
+from tinylm.config import ModelConfig
+from tinylm.directory import read_checksums
+from tinylm.errors import CheckpointError, ConfigError, ExportError
+from tinylm.latent_cache import LatentCache
+from tinylm_export.bench_worker import RUNTIMES, WorkerSettings
+from tinylm_export.machine import describe_machine
+from tinylm_export.ort_session import import_onnxruntime
+from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WITH_PAST = "text-generation-with-past"
+_PROMPT_SEED = 0
+_STDERR_TAIL_CHARS = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is timed.
+
+    Attributes:
+        batch_size: Rows.
+        prompt_len: Tokens of each prompt, read in one prefill step.
+        new_tokens: Decode steps after it, one token a row each.
+        repeats: Timed runs of each runtime.
+        warmup: Runs of each runtime that come before and are not counted.
+        num_threads: Threads within an op; None for each runtime's own choice.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    batch_size: int = 1
+    prompt_len: int = 64
+    new_tokens: int = 32
+    repeats: int = 5
+    warmup: int = 1
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prompt_len", "new_tokens", "repeats", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}.")
+        if self.warmup < 0:
+            raise ConfigError(f"warmup must be 0 or more, found {self.warmup}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median and range of repeated measurements."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise measurements, at least one."""
+        return cls(median=statistics.median(values), minimum=min(values), maximum=max(values))
+
+    def __format__(self, spec: str) -> str:
+        """Format as the median, and the range in a second line."""
+        return f"{self.median:{spec}}\n{self.minimum:{spec}} .. {self.maximum:{spec}}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeResult:
+    """One runtime's measurements.
+
+    Attributes:
+        runtime: Its name.
+        load_seconds: From files to a model ready to run, checksums included.
+        prefill_ms: Time of the prefill step, in milliseconds.
+        prefill_tokens_per_s: Prompt tokens of all rows per second.
+        decode_ms_per_token: Time of one decode step, in milliseconds.
+        decode_tokens_per_s: New tokens of all rows per second.
+        rss_growth_bytes: Largest resident set less the one before loading, with the libraries in
+            memory already; mapped weights count once they are read. None where the system does
+            not say.
+        peak_rss_bytes: Largest resident set, libraries included.
+        cache_bytes: The latent cache of the batch.
+        file_bytes: The files it loads weights and graph from.
+    """
+
+    runtime: str
+    load_seconds: float
+    prefill_ms: Spread
+    prefill_tokens_per_s: Spread
+    decode_ms_per_token: Spread
+    decode_tokens_per_s: Spread
+    rss_growth_bytes: int | None
+    peak_rss_bytes: int | None
+    cache_bytes: int
+    file_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Every runtime's measurements, and what they were taken on.
+
+    Attributes:
+        directory: ONNX directory.
+        checkpoint: Checkpoint that PyTorch ran, if it did.
+        settings: What was timed.
+        machine: See :func:`tinylm_export.machine.describe_machine`.
+        results: In the order in which they ran.
+        left_out: Why a runtime was not measured, by its name.
+        tokens: The greedy tokens that all gave, [B, new_tokens + 1].
+    """
+
+    directory: str
+    checkpoint: str | None
+    settings: BenchSettings
+    machine: dict[str, Any]
+    results: tuple[RuntimeResult, ...]
+    left_out: dict[str, str]
+    tokens: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return an object that JSON can hold."""
+        values = dataclasses.asdict(self)
+        values["results"] = list(values["results"])
+        return values
+
+
+def run_bench(
+    directory: str | Path,
+    settings: BenchSettings | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    runtimes: Sequence[str] | None = None,
+    show_progress: bool = False,
+) -> BenchReport:
+    """Measure every runtime that is there.
+
+    Args:
+        directory: What ``tinylm-export onnx`` wrote.
+        settings: What to time.
+        checkpoint: Where the checkpoint is, if not where it was when it was exported.
+        runtimes: Keys of :data:`tinylm_export.bench_worker.RUNTIMES`; default all that are there.
+        show_progress: Whether to show a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        ConfigError: Prompt and new tokens do not fit the context.
+        ExportError: Unknown runtime, one that was asked for is not there, or the runtimes give
+            different tokens.
+    """
+    directory, settings = Path(directory), settings or BenchSettings()
+    info = ExportInfo.load(directory)
+    config = ModelConfig.load(directory / "config.json")
+    _check(directory, info, config, settings)
+    source, problem = _find_checkpoint(directory, info, checkpoint)
+    chosen, left_out = _choose(runtimes, checkpoint_problem=problem)
+    requests = {
+        name: WorkerSettings(
+            runtime=name,
+            directory=str(directory),
+            checkpoint=str(source) if source else None,
+            activation=info.activation,
+            prompt=_prompt(config, settings),
+            new_tokens=settings.new_tokens,
+            num_threads=settings.num_threads,
+        )
+        for name in chosen
+    }
+    measurements = _measure(requests, settings, show_progress=show_progress)
+    capacity = settings.prompt_len + settings.new_tokens
+    cache = LatentCache(config, settings.batch_size, capacity, device="meta")
+    steps = measurements[chosen[0]].answer["tokens"]
+    return BenchReport(
+        directory=str(directory),
+        checkpoint=str(source) if source else None,
+        settings=settings,
+        machine=describe_machine(),
+        results=tuple(
+            _result(
+                name,
+                settings,
+                measured,
+                cache_bytes=cache.num_bytes(),
+                file_bytes=_file_bytes(name, directory, source),
+            )
+            for name, measured in measurements.items()
+        ),
+        left_out=left_out,
+        tokens=[list(row) for row in zip(*steps, strict=True)],
+    )
+
+
+@dataclasses.dataclass
+class _Measurements:
+    """A worker's replies."""
+
+    load: dict[str, Any]
+    answer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    times: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _measure(
+    requests: dict[str, WorkerSettings], settings: BenchSettings, *, show_progress: bool
+) -> dict[str, _Measurements]:
+    """Load the runtimes one after the other, compare their answers, and time them in turns."""
+    found = {}
+    num_runs = settings.warmup + settings.repeats
+    with contextlib.ExitStack() as stack:
+        step = stack.enter_context(_progress(len(requests) * (2 + num_runs), show_progress))
+        workers = {}
+        for name, request in requests.items():
+            step(f"{name}: load")
+            workers[name] = stack.enter_context(_worker_process(name))
+            load = workers[name].ask("load", **dataclasses.asdict(request))
+            found[name] = _Measurements(load=load)
+        for name, worker in workers.items():
+            step(f"{name}: answer")
+            found[name].answer = worker.ask("answer")
+        check_answers({name: measured.answer for name, measured in found.items()})
+        for run in range(num_runs):
+            for name, worker in workers.items():
+                step(f"{name}: run {run + 1} of {num_runs}")
+                times = worker.ask("time")
+                if run >= settings.warmup:
+                    found[name].times.append(times)
+        for name, worker in workers.items():
+            found[name].memory = worker.ask("memory")
+    return found
+
+
+def _check(directory: Path, info: ExportInfo, config: ModelConfig, settings: BenchSettings) -> None:
+    if info.task != WITH_PAST:
+        raise ExportError(
+            f"{directory}: task {info.task!r} has no cache, so there is no decode step to time. "
+            f"Export with --task {WITH_PAST}."
+        )
+    needed = settings.prompt_len + settings.new_tokens
+    if needed > config.max_seq_len:
+        raise ConfigError(
+            f"prompt_len {settings.prompt_len} and new_tokens {settings.new_tokens} need a context "
+            f"of {needed}, the model has {config.max_seq_len}. Make one of them smaller."
+        )
+
+
+def _find_checkpoint(
+    directory: Path, info: ExportInfo, given: str | Path | None
+) -> tuple[Path | None, str]:
+    """Return the checkpoint, or None and why there is none."""
+    try:
+        source = resolve_checkpoint(given if given is not None else directory / info.checkpoint)
+        digest = read_checksums(source, error=CheckpointError)[MODEL_FILE]
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        return None, f"{error} Name it with --checkpoint."
+    if digest != info.checkpoint_sha256:
+        raise ExportError(
+            f"{source}: {directory} was exported from other weights (SHA-256 expected "
+            f"{info.checkpoint_sha256}, found {digest}). Export this checkpoint again, or name the "
+            "right one with --checkpoint."
+        )
+    return source, ""
+
+
+def _choose(
+    wanted: Sequence[str] | None, *, checkpoint_problem: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the runtimes to measure, and why others are left out."""
+    left_out = {}
+    for name in RUNTIMES:
+        try:
+            if name == "onnxruntime":
+                import_onnxruntime()
+            elif checkpoint_problem:
+                left_out[name] = checkpoint_problem
+        except ExportError as error:
+            left_out[name] = str(error)
+    for name in wanted or ():
+        if name not in RUNTIMES:
+            raise ExportError(f"runtime must be one of {', '.join(RUNTIMES)}, found {name!r}.")
+        if name in left_out:
+            raise ExportError(f"runtime {name!r} is not there: {left_out[name]}")
+    chosen = [name for name in RUNTIMES if name not in left_out and name in (wanted or RUNTIMES)]
+    if not chosen:
+        reasons = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ExportError(f"no runtime is there to measure. {reasons}")
+    return chosen, left_out
+
+
+def _prompt(config: ModelConfig, settings: BenchSettings) -> list[list[int]]:
+    """Return random token ids; speed does not depend on what they say."""
+    generator = torch.Generator().manual_seed(_PROMPT_SEED)
+    shape = (settings.batch_size, settings.prompt_len)
+    return torch.randint(config.vocab_size, shape, generator=generator).tolist()
+
+
+def check_answers(answers: dict[str, dict[str, Any]]) -> None:
+    """Check that all runtimes gave the same greedy tokens.
+
+    Args:
+        answers: By runtime: ``tokens`` and ``margins``, both [steps][batch].
+
+    Raises:
+        ExportError: They differ; names the first step and row, with both tokens and the lead that
+            each had over the next best one.
+    """
+    (reference, expected), *others = answers.items()
+    for name, found in others:
+        for step, (want, have) in enumerate(zip(expected["tokens"], found["tokens"], strict=True)):
+            if want == have:
+                continue
+            row = next(i for i, pair in enumerate(zip(want, have, strict=True)) if len({*pair}) > 1)
+            margins = expected["margins"][step][row], found["margins"][step][row]
+            raise ExportError(
+                f"the runtimes answer differently, so their speed is not compared: row {row}, new "
+                f"token {step}: {reference} gives {want[row]} (leads by {margins[0]:.3g}), {name} "
+                f"gives {have[row]} (leads by {margins[1]:.3g}). A lead below 0.01 is a tie that "
+                "another --prompt-len may avoid; else run `tinylm-export parity` on the directory."
+            )
+
+
+def _result(
+    name: str,
+    settings: BenchSettings,
+    measured: _Measurements,
+    *,
+    cache_bytes: int,
+    file_bytes: int,
+) -> RuntimeResult:
+    prompt_tokens = settings.batch_size * settings.prompt_len
+    new_tokens = settings.batch_size * settings.new_tokens
+    prefill = [run["prefill_seconds"] for run in measured.times]
+    decode = [run["decode_seconds"] for run in measured.times]
+    baseline, peak = (measured.memory[key] for key in ("baseline_bytes", "peak_bytes"))
+    return RuntimeResult(
+        runtime=name,
+        load_seconds=measured.load["load_seconds"],
+        prefill_ms=Spread.of([1000 * seconds for seconds in prefill]),
+        prefill_tokens_per_s=Spread.of([prompt_tokens / seconds for seconds in prefill]),
+        decode_ms_per_token=Spread.of([1000 * s / settings.new_tokens for s in decode]),
+        decode_tokens_per_s=Spread.of([new_tokens / seconds for seconds in decode]),
+        rss_growth_bytes=None if baseline is None or peak is None else peak - baseline,
+        peak_rss_bytes=peak,
+        cache_bytes=cache_bytes,
+        file_bytes=file_bytes,
+    )
+
+
+def _file_bytes(name: str, directory: Path, checkpoint: Path | None) -> int:
+    if name == "onnxruntime":
+        return sum((directory / file).stat().st_size for file in (ONNX_FILE, DATA_FILE))
+    assert checkpoint is not None
+    return (checkpoint / MODEL_FILE).stat().st_size
+
+
+@contextlib.contextmanager
+def _progress(total: int, show: bool) -> Iterator[Any]:
+    """Give a function that names the next step and counts the one before as done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    shown = show and console.is_terminal
+    with Progress(console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("bench", total=total)
+        done = -1
+
+        def step(description: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=description)
+
+        yield step
+
+
+@contextlib.contextmanager
+def _worker_process(runtime: str) -> Iterator[_WorkerProcess]:
+    """Start a :mod:`tinylm_export.bench_worker` process, and end it with the block."""
+    command = [sys.executable, "-m", "tinylm_export.bench_worker"]
+    with (
+        tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as stderr,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
+    ):
+        try:
+            yield _WorkerProcess(runtime, process, stderr)
+        finally:
+            process.kill()
+
+
+class _WorkerProcess:
+    """Asks one worker."""
+
+    def __init__(self, runtime: str, process: subprocess.Popen[str], stderr: IO[str]) -> None:
+        self._runtime = runtime
+        self._process = process
+        self._stderr = stderr
+
+    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for its reply.
+
+        Raises:
+            ExportError: The runtime reports an error, or its process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps({"do": action, **arguments}), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            self._stderr.seek(0)
+            tail = self._stderr.read()[-_STDERR_TAIL_CHARS:].strip()
+            raise ExportError(
+                f"runtime {self._runtime!r}: its process ended with code {self._process.wait()} "
+                f"during {action!r}: {tail or 'it printed nothing'}"
+            )
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ExportError(f"runtime {self._runtime!r}: {reply['error']}")
+        return reply
+
+
+def render(report: BenchReport) -> RenderableType:
+    """Return the report as a rich table."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    settings, machine = report.settings, report.machine
+    table = Table(
+        title=f"batch {settings.batch_size}, prompt {settings.prompt_len}, "
+        f"{settings.new_tokens} new tokens, median and range of {settings.repeats} runs",
+        show_lines=True,
+    )
+    table.add_column("")
+    for result in report.results:
+        table.add_column(result.runtime, justify="right")
+    results = report.results
+    for label, cells in {
+        "prefill tokens/s": [f"{r.prefill_tokens_per_s:,.1f}" for r in results],
+        "prefill ms": [f"{r.prefill_ms:.2f}" for r in results],
+        "decode tokens/s": [f"{r.decode_tokens_per_s:,.1f}" for r in results],
+        "decode ms a token": [f"{r.decode_ms_per_token:.2f}" for r in results],
+        "load s": [f"{r.load_seconds:.2f}" for r in results],
+        "resident set growth": [_megabytes(r.rss_growth_bytes) for r in results],
+        "largest resident set": [_megabytes(r.peak_rss_bytes) for r in results],
+        "cache": [_megabytes(r.cache_bytes) for r in results],
+        "files": [_megabytes(r.file_bytes) for r in results],
+    }.items():
+        table.add_row(label, *cells)
+    threads = settings.num_threads or "the runtime's own choice of"
+    lines = [
+        f"{machine['cpu']}, {machine['usable_cores']} cores, {threads} threads; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        *(["all give the same greedy tokens"] if len(results) > 1 else []),
+        *(f"left out {name}: {reason}" for name, reason in report.left_out.items()),
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "not known" if num_bytes is None else f"{num_bytes / 1e6:.2f} MB"

@@ -1,0 +1,214 @@
+"""One runtime in a process of its own, driven by ``tinylm_export.bench`` over JSON lines.
+
+A fresh process makes the resident set mean something: what it grows by is this runtime's weights,
+workspace and cache. Requests come by stdin and replies go to stdout, one JSON object a line::
+
+    {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., ...}
+    {"do": "answer"} -> {"tokens": [steps][batch], "margins": [steps][batch]}
+    {"do": "time"}   -> {"prefill_seconds": ..., "decode_seconds": ...}
+    {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ...}
+
+A reply of ``{"error": ...}`` says what went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinylm.checkpoint import load_model
+from tinylm.errors import TinyLMError
+from tinylm.generate import Session, TorchSession
+
+if TYPE_CHECKING:
+    from tinylm.model import TinyLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is to run.
+
+    Attributes:
+        runtime: A key of :data:`RUNTIMES`.
+        directory: ONNX directory.
+        checkpoint: The checkpoint it was exported from.
+        activation: Number format of activations.
+        prompt: Token ids [B, S]; the rows are equally long.
+        new_tokens: Decode steps after the prompt.
+        num_threads: Threads within an op; None for the runtime's own choice.
+    """
+
+    runtime: str
+    directory: str
+    checkpoint: str | None
+    activation: str
+    prompt: list[list[int]]
+    new_tokens: int
+    num_threads: int | None
+
+
+def _torch_model(settings: WorkerSettings) -> TinyLM:
+    assert settings.checkpoint is not None
+    model = load_model(settings.checkpoint)
+    model.set_activation(settings.activation)  # type: ignore[arg-type]
+    return model
+
+
+def _pytorch(settings: WorkerSettings) -> Session:
+    return TorchSession(_torch_model(settings))
+
+
+def _pytorch_packed(settings: WorkerSettings) -> Session:
+    return TorchSession(_torch_model(settings).pack())
+
+
+def _onnxruntime(settings: WorkerSettings) -> Session:
+    from tinylm_export.ort_session import OrtSession
+
+    return OrtSession(settings.directory, num_threads=settings.num_threads)
+
+
+RUNTIMES: dict[str, Callable[[WorkerSettings], Session]] = {
+    "pytorch": _pytorch,
+    "pytorch-packed": _pytorch_packed,
+    "onnxruntime": _onnxruntime,
+}
+
+
+class Worker:
+    """Loads one runtime and answers requests about it."""
+
+    def __init__(self) -> None:
+        self._settings: WorkerSettings | None = None
+        self._session: Session | None = None
+        self._baseline: int | None = None
+
+    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request asks for and return the reply."""
+        action = request.pop("do")
+        if action == "load":
+            return self.load(WorkerSettings(**request))
+        actions = {"answer": self.answer, "time": self.time, "memory": self.memory}
+        return actions[action]()
+
+    def load(self, settings: WorkerSettings) -> dict[str, Any]:
+        """Load the runtime; the resident set counts from here, with its libraries in memory."""
+        if settings.runtime == "onnxruntime":
+            from tinylm_export.ort_session import import_onnxruntime
+
+            import_onnxruntime()
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        reset_peak()
+        self._baseline = resident_bytes()
+        start = time.perf_counter()
+        self._session = RUNTIMES[settings.runtime](settings)
+        seconds = time.perf_counter() - start
+        self._settings = settings
+        return {"load_seconds": seconds}
+
+    def answer(self) -> dict[str, Any]:
+        """Generate greedily; a token's margin is its logit's lead over the next best one."""
+        tokens, margins = [], []
+        for logits in self._steps():
+            best = logits.topk(2, dim=-1)
+            tokens.append(best.indices[:, 0].tolist())
+            margins.append((best.values[:, 0] - best.values[:, 1]).tolist())
+        return {"tokens": tokens, "margins": margins}
+
+    def time(self) -> dict[str, Any]:
+        """Time one prefill, and the decode steps together, with the choice of tokens."""
+        steps = self._steps()
+        start = time.perf_counter()
+        next(steps)
+        prefilled = time.perf_counter()
+        for _ in steps:
+            pass
+        end = time.perf_counter()
+        return {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled}
+
+    def memory(self) -> dict[str, Any]:
+        """Return the resident set before loading and the largest since."""
+        return {"baseline_bytes": self._baseline, "peak_bytes": peak_resident_bytes()}
+
+    def _steps(self) -> Any:
+        """Yield the logits [B, V] of the prefill and of each decode step."""
+        assert self._session is not None and self._settings is not None
+        tokens = torch.tensor(self._settings.prompt)
+        batch, length = tokens.shape
+        self._session.start(batch, length + self._settings.new_tokens)
+        for _ in range(self._settings.new_tokens + 1):
+            logits = _last(self._session.step(tokens, torch.full((batch,), tokens.shape[1])))
+            yield logits
+            tokens = logits.argmax(dim=-1, keepdim=True)
+
+
+def _last(logits: Tensor) -> Tensor:
+    """Return logits [B, V] where the graph gives every position [B, S, V]."""
+    return logits[:, -1] if logits.ndim == 3 else logits
+
+
+def resident_bytes() -> int | None:
+    """Return this process's resident set, or None where the system does not say."""
+    return _status_bytes("VmRSS:") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the largest resident set so far, or None where the system does not say.
+
+    ``ru_maxrss`` would include the parent's memory on Linux, where it outlives exec.
+    """
+    found = _status_bytes("VmHWM:")
+    if found is not None:
+        return found
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> None:
+    """Forget what importing the libraries took for a moment, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024  # the file counts in kB
+    return None
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    # Libraries print to stdout as well: it becomes stderr, and replies keep the channel.
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    for line in sys.stdin:
+        try:
+            reply = worker.handle(json.loads(line))
+        except (TinyLMError, ValueError, MemoryError) as error:
+            reply = {"error": str(error) or type(error).__name__}
+        print(json.dumps(reply), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The command line ``tinylm-export``.
+
+Modules that take long to import are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinylm.cli_shared import EXIT_NO, run_app, stream_prompt, write_json
+from tinylm.errors import DataError
+
+app = typer.Typer(
+    name="tinylm-export",
+    help="Export TinyLM checkpoints, prove that runtimes agree, and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class TaskChoice(str, enum.Enum):
+    """Values of ``--task``."""
+
+    with_past = "text-generation-with-past"
+    plain = "text-generation"
+
+
+class ActivationChoice(str, enum.Enum):
+    """Values of ``--activation``."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What `tinylm-export onnx` wrote.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="The checkpoint it was exported from, if it was moved."),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+
+
+@app.command(epilog="Example: tinylm-export onnx run --out onnx")
+def onnx(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT", help="A checkpoint, or a training run's --out directory."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
+    task: Annotated[
+        TaskChoice, typer.Option("--task", help="With the latent cache, or the plain graph.")
+    ] = TaskChoice.with_past,
+    activation: Annotated[
+        ActivationChoice | None,
+        typer.Option("--activation", help="Number format. Default: the checkpoint's."),
+    ] = None,
+    all_logits: Annotated[
+        bool, typer.Option("--all-logits", help="Logits at every position, not the last only.")
+    ] = False,
+) -> None:
+    """Export a checkpoint to ONNX with 2-bit weights and custom ops.
+
+    The file runs in a stock ONNX Runtime: each custom op carries a body of standard ops.
+    """
+    from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, export_onnx
+
+    formats = {None: None, ActivationChoice.int8: "int8", ActivationChoice.fp8: "fp8_e4m3"}
+    path = export_onnx(
+        checkpoint,
+        out,
+        task=task.value,
+        activation=formats[activation],  # type: ignore[arg-type]
+        all_logits=all_logits,
+    )
+    for name in (ONNX_FILE, DATA_FILE):
+        print(f"{path / name}: {(path / name).stat().st_size:,} bytes")
+
+
+@app.command(epilog="Example: tinylm-export parity onnx --file val.jsonl --json parity.json")
+def parity(
+    directory: Directory,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="Held-out JSON lines. Default: the run's validation file."),
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    num_tokens: Annotated[
+        int, typer.Option("--tokens", min=16, help="Tokens to compare, at least.")
+    ] = 4096,
+    length: Annotated[
+        int, typer.Option("--length", min=4, help="Longest row; at most the context.")
+    ] = 256,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Picture to write. Default: DIR-parity.png.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Prove that PyTorch and each runtime say the same; exit 1 if they don't.
+
+    Rows of different lengths are prefilled, and decoded token by token over the cache.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tinylm_export.parity import run_parity
+    from tinylm_export.parity_render import plot as write_plot
+    from tinylm_export.parity_render import render
+
+    tokens, data = _held_out_tokens(directory, checkpoint, file)
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(text: str, fraction: float) -> None:
+            if text not in tasks:
+                tasks[text] = bar.add_task(text, total=1.0)
+            bar.update(tasks[text], completed=fraction)
+
+        report = run_parity(
+            directory,
+            tokens,
+            checkpoint=checkpoint,
+            num_tokens=num_tokens,
+            length=length,
+            data=data,
+            progress=progress,
+        )
+    Console().print(render(report))
+    picture = plot or directory.parent / f"{directory.resolve().name}-parity.png"
+    write_plot(report, picture)
+    print(f"{picture}: difference of every node's output")
+    write_json(json, report.to_dict())
+    print("parity holds" if report.passed else "parity FAILED")
+    if not report.passed:
+        raise typer.Exit(EXIT_NO)
+
+
+def _held_out_tokens(
+    directory: Path, checkpoint: Path | None, file: Path | None
+) -> tuple[Any, dict[str, Any]]:
+    """Tokenise the held-out file: int64 [N], and where it came from."""
+    import torch
+
+    from tinylm.data import load_corpus
+    from tinylm.tokenizer import load_tokenizer
+    from tinylm_export.ort_session import import_onnxruntime
+    from tinylm_export.to_onnx import ExportInfo
+
+    import_onnxruntime()
+    info = ExportInfo.load(directory)
+    if file is None:
+        file = _validation_file(checkpoint or directory / info.checkpoint)
+    corpus = load_corpus(file, load_tokenizer(directory))
+    tokens = torch.from_numpy(corpus.tokens.astype("int64"))
+    return tokens, {"file": str(file), "num_tokens_in_file": corpus.num_tokens}
+
+
+def _validation_file(checkpoint: Path) -> Path:
+    """Return the validation file of the run that wrote a checkpoint.
+
+    Raises:
+        DataError: It is not known, or not there any more.
+    """
+    from tinylm.checkpoint import read_json, resolve_checkpoint
+    from tinylm.training_state import CONFIG_FILE
+
+    path = resolve_checkpoint(checkpoint) / CONFIG_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{checkpoint} doesn't say what it was validated on ({CONFIG_FILE} is missing). Give "
+            "held-out JSON lines with --file."
+        )
+    file = Path(read_json(path)["data"]["val_file"])
+    if not file.is_file():
+        raise DataError(
+            f"{file}, the validation file of the run, is not there. Give held-out JSON lines with "
+            "--file."
+        )
+    return file
+
+
+@app.command(epilog='Example: tinylm-export generate onnx --prompt "The function returns"')
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option("--prompt", help="Start of the text.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the most probable token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Sample from the k most probable tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Sample from the fewest tokens with this probability."),
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same text.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Continue a prompt on ONNX Runtime, streaming the text as it is made."""
+    from tinylm.generate import SamplingConfig
+    from tinylm.tokenizer import load_tokenizer
+    from tinylm_export.ort_session import OrtSession
+
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    session = OrtSession(directory, num_threads=threads)
+    values = stream_prompt(
+        session,
+        load_tokenizer(directory, vocab_size=session.config.vocab_size),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+    )
+    write_json(json, {"directory": str(directory), **values})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0 (done), 1 (the answer is no) or 2 (usage or input)."""
+    run_app(app, "tinylm-export", argv)
+
+
+if __name__ == "__main__":
+    main()
