@@ -15,6 +15,9 @@ import typer
 from tinylm.cli_shared import EXIT_NO, run_app, stream_prompt, write_json
 from tinylm.errors import DataError
 
+DEFAULT_PARITY_TOKENS = 4096
+DEFAULT_PARITY_LENGTH = 256
+
 app = typer.Typer(
     name="tinylm-export",
     help="Export TinyLM checkpoints, prove that runtimes agree, and measure them.",
@@ -46,7 +49,7 @@ CheckpointOption = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 
 
-@app.command(epilog="Example: tinylm-export onnx run --out onnx")
+@app.command(epilog="Example: tinylm-export onnx run --out onnx --parity")
 def onnx(
     checkpoint: Annotated[
         Path,
@@ -62,6 +65,10 @@ def onnx(
     ] = None,
     all_logits: Annotated[
         bool, typer.Option("--all-logits", help="Logits at every position, not the last only.")
+    ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option("--parity", help="Then compare with PyTorch, as `tinylm-export parity` does."),
     ] = False,
 ) -> None:
     """Export a checkpoint to ONNX with 2-bit weights and custom ops.
@@ -80,6 +87,8 @@ def onnx(
     )
     for name in (ONNX_FILE, DATA_FILE):
         print(f"{path / name}: {(path / name).stat().st_size:,} bytes")
+    if prove:
+        _prove(path)
 
 
 @app.command(epilog="Example: tinylm-export parity onnx --file val.jsonl --json parity.json")
@@ -92,10 +101,10 @@ def parity(
     checkpoint: CheckpointOption = None,
     num_tokens: Annotated[
         int, typer.Option("--tokens", min=16, help="Tokens to compare, at least.")
-    ] = 4096,
+    ] = DEFAULT_PARITY_TOKENS,
     length: Annotated[
         int, typer.Option("--length", min=4, help="Longest row; at most the context.")
-    ] = 256,
+    ] = DEFAULT_PARITY_LENGTH,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Picture to write. Default: DIR-parity.png.")
     ] = None,
@@ -105,6 +114,28 @@ def parity(
 
     Rows of different lengths are prefilled, and decoded token by token over the cache.
     """
+    _prove(
+        directory,
+        file=file,
+        checkpoint=checkpoint,
+        num_tokens=num_tokens,
+        length=length,
+        plot=plot,
+        json=json,
+    )
+
+
+def _prove(
+    directory: Path,
+    *,
+    file: Path | None = None,
+    checkpoint: Path | None = None,
+    num_tokens: int = DEFAULT_PARITY_TOKENS,
+    length: int = DEFAULT_PARITY_LENGTH,
+    plot: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Run parity, show it, and exit with 1 if it fails."""
     from rich.console import Console
     from rich.progress import Progress
 

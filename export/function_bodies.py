@@ -11,7 +11,7 @@ import onnx
 import onnx.parser
 
 from tinylm.errors import ExportError
-from tinylm_export.ops import DOMAIN, OPS, OPSET
+from tinylm_export.ops import DOMAIN, OPS, OPSET, Attribute
 
 # Types in Cast: 1 float, 2 uint8, 3 int8, 6 int32, 7 int64, 11 double, 17 float8e4m3fn.
 _NORM = """
@@ -94,10 +94,14 @@ _BIT_LINEAR_END = """
     y = CastLike (dequantized, x)
 """
 
+# Not through Sigmoid: ONNX Runtime takes it as 1 - 1 / (1 + exp(x)) for negative x, which cancels.
 _SWIGLU = """
     wide = Cast <to = 11> (gate)
-    sigmoid = Sigmoid (wide)
-    silu_wide = Mul (wide, sigmoid)
+    negative = Neg (wide)
+    exponential = Exp (negative)
+    one_wide = Constant <value = double {1}> ()
+    denominator = Add (exponential, one_wide)
+    silu_wide = Div (wide, denominator)
     silu = CastLike (silu_wide, gate)
     y = Mul (silu, up)
 """
@@ -287,7 +291,8 @@ _MLA_EXPANDED = """
         kv_b_scaled = Mul (kv_b_wide, kv_b_scale_wide)
         kv_b_values = Div (kv_b_scaled, scale_column)
         num_rows_1 = Unsqueeze (num_rows, axis_0)
-        kv_b_shape = Concat <axis = 0> (num_rows_1, longest, heads_1, last_axis)
+        head_width = Add (nope_1, value_1)
+        kv_b_shape = Concat <axis = 0> (num_rows_1, longest, heads_1, head_width)
         kv_b_heads = Reshape (kv_b_values, kv_b_shape)
         k_nope_heads, v_heads = Split <axis = -1> (kv_b_heads, kv_b_sizes)
         k_nope_t = Transpose <perm = [0, 2, 3, 1]> (k_nope_heads)
@@ -344,9 +349,18 @@ def _bit_linear(activation: str, *, norm: bool) -> str:
     return last_axis + start + quantize.format(x=source) + unpack + product + _BIT_LINEAR_END
 
 
+def _attribute(attribute: Attribute) -> str:
+    """Declare an attribute, with its default, which a node may then leave out."""
+    default = attribute.default
+    if default is None:
+        return attribute.name
+    value = f'"{default}"' if isinstance(default, str) else f"{default:f}"
+    return f"{attribute.name}: {attribute.type} = {value}"
+
+
 def _function(op: str, body: str) -> onnx.FunctionProto:
     spec = OPS[op]
-    attributes = ", ".join(spec.attribute_names())
+    attributes = ", ".join(map(_attribute, spec.attributes))
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
         f"{op} {f'<{attributes}>' if attributes else ''} "

@@ -177,6 +177,10 @@ def onnx_schema(spec: OpSpec) -> defs.OpSchema:
 
 def register_onnx_schemas() -> None:
     """Make the schemas known to ``onnx.checker`` in this process; may be called again."""
+    # onnx has a SwiGLU of its own, and its reference evaluator, which onnxscript imports, refuses
+    # to load once two domains share a name. Loaded before, it does not mind.
+    import onnx.reference  # noqa: F401
+
     for spec in OPS.values():
         if not defs.has(spec.name, VERSION, DOMAIN):
             defs.register_schema(onnx_schema(spec))

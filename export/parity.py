@@ -46,6 +46,7 @@ class ParityRuntime(Protocol):
     """A runtime that can be compared."""
 
     name: str
+    version: str
     kernels: str
     session: Session
 
@@ -63,7 +64,7 @@ class OrtRuntime:
     def __init__(self, directory: Path) -> None:
         import onnxruntime
 
-        self.name = f"ONNX Runtime {onnxruntime.__version__}"
+        self.name, self.version = "ONNX Runtime", onnxruntime.__version__
         self.kernels = "function bodies in standard ops"
         self.session = OrtSession(directory)
         self._directory = directory
@@ -347,6 +348,7 @@ def run_parity(
         runtimes.append(
             RuntimeReport(
                 runtime=runtime.name,
+                version=runtime.version,
                 kernels=runtime.kernels,
                 logits=phases,
                 bit_linears=linears,

@@ -29,9 +29,11 @@ def render(report: ParityReport) -> RenderableType:
 
 def _logits_table(report: ParityReport) -> Table:
     activation = report.model["activation"]
-    table = Table(title=f"Logits against PyTorch float32, {activation} activations")
+    table = Table(
+        padding=(0, 0, 0, 1), title=f"Logits against PyTorch float32, {activation} activations"
+    )
     for column in ("runtime", "phase"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("tokens", "max |Δ|", "mean |Δ|", "mean KL", "top-1", ""):
         table.add_column(column, justify="right")
 
@@ -49,20 +51,23 @@ def _logits_table(report: ParityReport) -> Table:
 
     for runtime in report.runtimes:
         for agreement in runtime.logits:
-            row(f"{runtime.runtime}, {runtime.kernels}", agreement, _verdict(agreement.passed))
+            row(runtime.runtime, agreement, _verdict(agreement.passed))
     table.add_section()
-    row("PyTorch, ordinary float32 arithmetic", report.yardstick, Text("yardstick", style="dim"))
+    row("PyTorch *", report.yardstick, Text("-", style="dim"))
     table.caption = (
         f"limits: max |Δ| {limit('max_abs_logit'):g}, mean KL {limit('mean_kl'):g}, "
-        f"top-1 {limit('top1_agreement'):.1%}"
+        f"top-1 {limit('top1_agreement'):.1%}\n"
+        "* yardstick: PyTorch with ordinary float32 arithmetic against itself"
     )
+    for runtime in report.runtimes:
+        table.caption += f"\n{runtime.runtime} {runtime.version}: {runtime.kernels}"
     return table
 
 
 def _bit_linear_table(runtime: RuntimeReport) -> Table:
-    table = Table(title=f"{runtime.runtime}: each BitLinear on the input that PyTorch's had")
-    table.add_column("layers")
-    for column in ("activations", "flipped", "rate", "sums", "unequal sums", ""):
+    table = Table(title=f"Each BitLinear on PyTorch's input: {runtime.runtime}")
+    table.add_column("layers", no_wrap=True)
+    for column in ("activations", "flipped", "sums", "unequal", ""):
         table.add_column(column, justify="right")
     kinds: dict[str, list[int]] = {}
     for index, layer in enumerate(runtime.bit_linears):
@@ -71,10 +76,9 @@ def _bit_linear_table(runtime: RuntimeReport) -> Table:
         layers = [runtime.bit_linears[i] for i in indices]
         total, flips = sum(x.num_activations for x in layers), sum(x.flips for x in layers)
         table.add_row(
-            f"{kind} x {len(layers)}",
+            f"{len(layers)} x {kind.rpartition('.')[2]}",
             f"{total:,}",
             f"{flips:,}",
-            f"{flips / total:.1e}",
             f"{sum(x.num_accumulators for x in layers):,}",
             f"{sum(x.mismatches for x in layers):,}",
             _verdict(all(x.passed for x in layers)),

@@ -97,7 +97,8 @@ class RuntimeReport:
     """One runtime against PyTorch.
 
     Attributes:
-        runtime: Name and version.
+        runtime: Its name.
+        version: Its version.
         kernels: What ran the custom ops.
         logits: One entry a phase.
         bit_linears: One entry a BitLinear, in forward order.
@@ -105,6 +106,7 @@ class RuntimeReport:
     """
 
     runtime: str
+    version: str
     kernels: str
     logits: list[LogitAgreement]
     bit_linears: list[BitLinearAgreement]

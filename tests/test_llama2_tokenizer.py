@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from tinylm.paths import cache_dir
 from tinylm.errors import TokenizerError
+from tinylm.paths import cache_dir
 from tinylm.tokenizer import load_tokenizer
 
 VECTORS_PACKAGE = "llama-cpp-python"

@@ -36,7 +36,7 @@ class AttentionBackend(Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, past_lens: Tensor | None
     ) -> Tensor:
-        """Compute attention; may raise, which disables the back end for the process."""
+        """Compute attention; may raise, which lets the next back end take over for the process."""
 
 
 class FlashBackend:
@@ -115,7 +115,7 @@ class PlainBackend:
 
 
 class BackendChain:
-    """Tries back ends in order; one that fails is left out from then on, with one warning.
+    """Tries back ends in order; one that fails where a later one works is left out from then on.
 
     Args:
         backends: In order of preference; the last one should accept everything.
@@ -162,6 +162,7 @@ class BackendChain:
                 f"attention backend must be auto or one of {', '.join(names)}, found {first!r}."
             )
         start = 0 if first == "auto" else names.index(first)
+        failed: dict[str, str] = {}
         for backend in self.backends[start:]:
             if backend.name in self.failed:
                 continue
@@ -171,13 +172,18 @@ class BackendChain:
                     self._warn_once(backend.name, reason)
                 continue
             try:
-                return backend.attend(q, k, v, scale=scale, past_lens=past_lens)
+                y = backend.attend(q, k, v, scale=scale, past_lens=past_lens)
             except torch.OutOfMemoryError:
                 raise  # another back end would need no less memory
             except (ImportError, RuntimeError, NotImplementedError, TypeError) as error:
-                self.failed[backend.name] = f"{type(error).__name__}: {error}"
-                self._warn_once(backend.name, self.failed[backend.name])
-        raise RuntimeError(f"no attention backend works; {self.failed}")
+                failed[backend.name] = f"{type(error).__name__}: {error}"
+                continue
+            for name, reason in failed.items():
+                self.failed[name] = reason
+                self._warn_once(name, reason)
+            return y
+        # Nothing is marked here: where every back end fails, the input is the likelier cause.
+        raise RuntimeError(f"no attention backend works; {self.failed | failed}")
 
     def _warn_once(self, name: str, reason: str) -> None:
         if (name, reason) not in _WARNED:

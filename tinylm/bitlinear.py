@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,8 +68,9 @@ class _TernaryLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = (dy.to(dtype) @ codes.to(dtype) * scale).to(ctx.x_dtype)  # [..., K]
             if ctx.needs_input_grad[1]:
-                x_hat = (q.float() / s).to(dtype).flatten(0, -2)  # [M, K]
-                dw = (dy.to(dtype).flatten(0, -2).t() @ x_hat).to(ctx.weight_dtype)  # [N, K]
+                x_hat = (q.float() / s).to(dtype).reshape(-1, q.shape[-1])  # [M, K]
+                dy = dy.to(dtype).reshape(-1, dy.shape[-1])  # [M, N]
+                dw = (dy.t() @ x_hat).to(ctx.weight_dtype)  # [N, K]
         return dx, dw, None, None
 
 
@@ -76,7 +79,8 @@ class BitLinear(nn.Module):
 
     The input is expected to be RMS-normed. The float32 master weight is quantised in each forward
     pass; gradients pass straight through both quantisers. In evaluation mode without gradients the
-    codes are kept until the weight changes.
+    codes are kept until the weight changes; a change through ``weight.data`` is not seen until the
+    layer is switched to training mode.
 
     Args:
         in_features: K, a multiple of 4.
@@ -96,7 +100,8 @@ class BitLinear(nn.Module):
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=in_features**-0.5)
-        self._codes: tuple[tuple[int, int, torch.dtype], Tensor, Tensor] | None = None
+        # What weight_codes() keeps: the weight, its version and the dtype, then codes and scale.
+        self._codes: tuple[weakref.ref[Tensor], Any, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` if that is given."""
@@ -119,14 +124,25 @@ class BitLinear(nn.Module):
     @torch.no_grad()
     def weight_codes(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
         """Return the ternary codes, [N, K] of ``dtype``, and their scale, a float32 scalar."""
-        key = (self.weight.data_ptr(), self.weight._version, dtype)
-        if self._codes is not None and self._codes[0] == key:
-            return self._codes[1], self._codes[2]
-        codes, scale = ternarize(self.weight)
-        codes = codes.to(dtype)
-        if not self.training:
-            self._codes = (key, codes, scale)
+        if self.training or self.weight.is_inference():  # inference tensors count no versions
+            codes, scale = ternarize(self.weight)
+            return codes.to(dtype), scale
+        key = (self.weight._version, dtype)
+        if self._codes is not None and self._codes[0]() is self.weight and self._codes[1] == key:
+            return self._codes[2], self._codes[3]
+        with torch.inference_mode(False):  # what is kept must serve outside of it too
+            codes, scale = ternarize(self.weight)
+            codes = codes.to(dtype)
+        # A weak reference and no address, because a new weight may lie where the old one did.
+        self._codes = (weakref.ref(self.weight), key, codes, scale)
         return codes, scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitLinear:
+        self._codes = None  # a change of dtype or device does not count as a new version
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_codes": None}
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""
@@ -165,8 +181,10 @@ class PackedBitLinear(nn.Module):
         return unpack(self.weight, dtype), self.weight_scale
 
     def forward(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` or else x's dtype."""
+        """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` if that is given."""
+        out_dtype = out_dtype or _output_dtype(x)
         q, s = quantize_activation(x, self.activation)
         codes, scale = self.weight_codes(torch.float32)
-        accumulator = accumulate(q, codes, self.activation)
-        return _dequantize_to(accumulator, scale, s, out_dtype or x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            accumulator = accumulate(q, codes, self.activation)
+            return _dequantize_to(accumulator, scale, s, out_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,10 @@ PACK_LANES = 4
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def float32(value: float) -> float:
@@ -157,20 +162,29 @@ class ModelConfig:
                     f"{name} must be a multiple of {PACK_LANES}, because packed weights hold "
                     f"{PACK_LANES} codes a byte; found {width}."
                 )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout}.")
+        if not _is_finite_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be a number in [0, 1), found {self.dropout!r}.")
         for name in ("rope_theta", "norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} must be positive, found {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not _is_finite_number(value) or value <= 0.0:
+                raise ConfigError(f"{name} must be a positive number, found {value!r}.")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(
+                f"tie_embeddings must be true or false, found {self.tie_embeddings!r}."
+            )
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}."
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
+            if token is None:
+                continue
+            is_int = isinstance(token, int) and not isinstance(token, bool)
+            if not is_int or not 0 <= token < self.vocab_size:
                 raise ConfigError(
-                    f"{name} must be below vocab_size {self.vocab_size}, found {token}."
+                    f"{name} must be an integer from 0 to below vocab_size {self.vocab_size}, "
+                    f"found {token!r}."
                 )
 
     @property
@@ -207,7 +221,8 @@ class ModelConfig:
             source: Where it came from, for error messages.
 
         Raises:
-            ConfigError: Another model type, a newer format, or an unknown field.
+            ConfigError: Another model type, a newer format, an unknown field, or a value that is
+                out of range.
         """
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
@@ -225,7 +240,10 @@ class ModelConfig:
             raise ConfigError(
                 f"{source}: unknown field {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write ``config.json``."""

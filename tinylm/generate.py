@@ -194,18 +194,20 @@ def generate(
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
     was_training = model.training
-    steps = list(
-        stream(
-            TorchSession(model),
-            prompts,
-            seq_lens,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_token_id=eos_token_id,
-            generator=generator,
+    try:
+        steps = list(
+            stream(
+                TorchSession(model),
+                prompts,
+                seq_lens,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_token_id=eos_token_id,
+                generator=generator,
+            )
         )
-    )
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     filler = 0 if eos_token_id is None else eos_token_id
     out = input_ids.new_full((batch, length + len(steps)), filler)
     for row, count in enumerate(seq_lens.tolist()):

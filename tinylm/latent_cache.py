@@ -19,7 +19,7 @@ class LatentCache:
     Args:
         config: The model's configuration.
         batch_size: B.
-        capacity: C, most tokens a row can hold.
+        capacity: C, most tokens a row can hold, at most ``config.max_seq_len``.
         device: Where the tensors live.
         dtype: dtype of the rotated key.
 
@@ -28,6 +28,9 @@ class LatentCache:
         scale: float32 [L, B, C], the quantiser's multiplier s: ``latent / scale`` is the latent.
         rope: ``dtype`` [L, B, C, P], the rotated key shared by all heads.
         past_lens: int64 [B], tokens each row holds.
+
+    Raises:
+        ValueError: ``capacity`` exceeds the model's context.
     """
 
     def __init__(
@@ -39,6 +42,11 @@ class LatentCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if capacity > config.max_seq_len:
+            raise ValueError(
+                f"a cache of {capacity} tokens a row was asked for, the model takes at most "
+                f"max_seq_len = {config.max_seq_len}."
+            )
         shape = (config.num_layers, batch_size, capacity)
         self.capacity = capacity
         self.latent = torch.zeros(*shape, config.latent_rank, dtype=torch.int8, device=device)
@@ -97,7 +105,10 @@ class LatentCache:
             scale: float32 [B, S].
             rope: [B, S, P].
             seq_lens: int64 [B], valid new tokens of each row; None for all S.
+
+        The cache holds values only: no gradient flows into a cached token.
         """
+        scale, rope = scale.detach(), rope.detach()
         batch, length = scale.shape
         steps = torch.arange(length, device=scale.device)
         rows = torch.arange(batch, device=scale.device)[:, None].expand(batch, length)

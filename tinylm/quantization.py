@@ -34,7 +34,10 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale: float32 scalar, ``max(mean(|W|), 1e-5)``; ``codes * scale`` approximates ``weight``.
     """
     weight = weight.float()
-    scale = weight.abs().mean().clamp_min(MIN_SCALE)
+    # A float32 sum depends on the number of threads, and with it the scale and codes near 1/2.
+    inner = torch.float32 if weight.device.type == "mps" else torch.float64
+    mean = torch.linalg.vector_norm(weight, ord=1, dtype=inner) / weight.numel()
+    scale = mean.float().clamp_min(MIN_SCALE)
     return (weight / scale).round_().clamp_(-1.0, 1.0), scale
 
 

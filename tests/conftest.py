@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from model_helpers import RaggedBatch, make_model, ragged_batch
+
+from tinylm import TinyLM, attention_backends
+
+
+@pytest.fixture
+def model() -> TinyLM:
+    """A fresh tinylm-test model with non-trivial norm weights, in evaluation mode."""
+    return make_model(seed=1)
+
+
+@pytest.fixture
+def batch() -> RaggedBatch:
+    """Four rows of 1 to 24 tokens."""
+    return ragged_batch(seed=1)
+
+
+@pytest.fixture
+def fresh_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget which back ends failed and which warnings were given, before and after the test."""
+    monkeypatch.setattr(attention_backends, "_WARNED", set())
+    monkeypatch.setattr(attention_backends.DEFAULT_CHAIN, "failed", {})
+    yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: small models gain nothing from more, and on a busy machine lose."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

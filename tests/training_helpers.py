@@ -1,0 +1,96 @@
+"""Real text, a real tokenizer and short runs for the tests of training."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+import tinylm
+from tinylm.run_settings import resolve
+from tinylm.trainer import Trainer
+from tinylm.training_config import TrainConfig
+
+VOCAB_SIZE = 384
+
+
+class Inputs(NamedTuple):
+    train: Path
+    val: Path
+    tokenizer: Path
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@functools.cache
+def inputs() -> Inputs:
+    """Make training text from this package's own sources, and a tokenizer for it."""
+    from tinylm.tokenizer import train_tokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="tinylm-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.setdefault("TINYLM_CACHE", str(folder / "cache"))
+    sources = sorted(Path(tinylm.__file__).parent.glob("*.py"))
+    paragraphs = [p for s in sources for p in s.read_text(encoding="utf-8").split("\n\n\n")]
+    train = write_jsonl(folder / "train.jsonl", paragraphs[: len(paragraphs) * 9 // 10][:80])
+    val = write_jsonl(folder / "val.jsonl", paragraphs[-8:])
+    tokenizer = train_tokenizer([train], folder / "tokenizer", vocab_size=VOCAB_SIZE)
+    return Inputs(train, val, tokenizer)
+
+
+def config(out: Path, **sections: dict[str, Any]) -> TrainConfig:
+    """Make a short run of the test preset; sections override."""
+    data = inputs()
+    base: dict[str, dict[str, Any]] = {
+        "model": {"max_seq_len": 32},
+        "data": {
+            "train_file": str(data.train),
+            "val_file": str(data.val),
+            "tokenizer": str(data.tokenizer),
+        },
+        "optimizer": {},
+        "schedule": {"lr": 3e-3, "warmup_steps": 2},
+        "training": {"max_steps": 8, "batch_size": 4, "device": "cpu"},
+        "evaluation": {"eval_every": 4, "eval_max_tokens": 500, "sample_tokens": 0},
+        "checkpoint": {"save_every": 4},
+        "logging": {"log_every": 1, "tensorboard": False},
+    }
+    merged = {name: {**values, **sections.get(name, {})} for name, values in base.items()}
+    return resolve({"out": str(out), "preset": "tinylm-test", **merged}, {})
+
+
+def trainer(out: Path, *, resume: bool = False, **sections: dict[str, Any]) -> Trainer:
+    return Trainer(config(out, **sections), resume=resume, console=Console(file=io.StringIO()))
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in records(out, "train")]
+
+
+def start_process(target: Callable[..., Any], *args: Any) -> Any:
+    """Start a process of its own that has the slow imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tinylm.trainer", "tinylm.cli", "torch._dynamo", "transformers", "datasets"]
+    )
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process

@@ -1,0 +1,364 @@
+"""The checkpoint format: a directory that is written whole or not at all, and checked when read.
+
+    model.safetensors    weights, shared ones once
+    config.json          tinylm.config.ModelConfig
+    tokenizer files      as transformers writes them
+    SHA256SUMS           for `sha256sum -c SHA256SUMS`, of every other file
+    training_state/      only what training needs to go on
+
+Everything is safetensors or JSON; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tinylm.config import ModelConfig
+from tinylm.errors import CheckpointError, ConfigError
+from tinylm.model import TinyLM
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+SUMS_FILE = "SHA256SUMS"
+STATE_DIR = "training_state"
+STEP_PREFIX = "step-"
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def save_model(
+    directory: str | Path,
+    model: TinyLM,
+    *,
+    tokenizer: Any = None,
+    extra_files: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint directory atomically.
+
+    The files are written into a temporary directory beside it, flushed to the disk and renamed. An
+    existing checkpoint of that name is replaced.
+
+    Args:
+        directory: The checkpoint's name.
+        model: Saved with its config.
+        tokenizer: A transformers tokenizer to put beside the weights.
+        extra_files: By relative name: tensors by name for ``*.safetensors``, else an object that
+            JSON can hold.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: The directory holds something else, or can't be written (disk full); what
+            was there before is intact and the temporary directory is gone.
+    """
+    directory = Path(directory)
+    with _written_whole(directory) as temporary:
+        _save_tensors(temporary / MODEL_FILE, unique_tensors(model))
+        model.config.save(temporary / CONFIG_FILE)
+        if tokenizer is not None:
+            from tinylm.tokenizer import save_tokenizer
+
+            save_tokenizer(tokenizer, temporary)
+        for name, content in (extra_files or {}).items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors":
+                _save_tensors(path, content)
+            else:
+                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_checksums(temporary)
+    return directory
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and saved buffers by name; a shared one once, under its first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+@contextlib.contextmanager
+def _written_whole(directory: Path) -> Iterator[Path]:
+    """Give a temporary directory that becomes ``directory`` if the block succeeds."""
+    replaces = directory.is_dir() and any(directory.iterdir())
+    if replaces and not (directory / MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"{directory}: is not empty and not a checkpoint, so it is not replaced. "
+            "Choose another directory."
+        )
+    temporary = directory.parent / f"{TEMPORARY_PREFIX}{directory.name}"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _flush_to_disk(path)
+        _flush_to_disk(temporary)
+        if replaces:
+            old = directory.parent / f"{TEMPORARY_PREFIX}old-{directory.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+            temporary.rename(directory)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(directory)
+        _flush_to_disk(directory.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{directory}: can't be written: {error}. {_free_space(directory)} The unfinished "
+            "files were removed and earlier checkpoints are intact. Make room or choose another "
+            "disk, then run again (training goes on with --resume)."
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _free_space(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory.parent).free / 1e6:.0f} MB are free there."
+    except OSError:
+        return ""
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_checksums(directory: Path) -> None:
+    """Write ``SHA256SUMS`` over every other file of a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS_FILE)
+    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def check_intact(directory: Path, *, training_state: bool = False) -> None:
+    """Compare every file with ``SHA256SUMS``.
+
+    Args:
+        directory: A checkpoint.
+        training_state: Whether to check the files in ``training_state/`` too.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or altered.
+    """
+    sums = directory / SUMS_FILE
+    _require_file(sums)
+    expected = {}
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name:
+            raise CheckpointError(f"{sums}: damaged line {line!r}. {other_checkpoints(directory)}")
+        expected[name] = digest
+    for name in (MODEL_FILE, CONFIG_FILE):
+        if name not in expected:
+            raise CheckpointError(
+                f"{sums}: expected a line for {name}, found none. {other_checkpoints(directory)}"
+            )
+    for name, digest in expected.items():
+        if name.startswith(f"{STATE_DIR}/") and not training_state:
+            continue
+        path = directory / name
+        _require_file(path)
+        found = sha256(path)
+        if found != digest:
+            raise CheckpointError(
+                f"{path}: truncated or altered ({path.stat().st_size} bytes): expected SHA-256 "
+                f"{digest}, found {found}. Copy it again. {other_checkpoints(directory)}"
+            )
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        owner = path.parent.parent if path.parent.name == STATE_DIR else path.parent
+        raise CheckpointError(
+            f"{path}: expected a file, found none; the checkpoint is incomplete. "
+            f"{other_checkpoints(owner)}"
+        )
+
+
+def other_checkpoints(directory: Path) -> str:
+    """Say which checkpoints stand beside a damaged one, as a way out."""
+    directory = directory.resolve()
+    others = [p for p in list_checkpoints(directory.parent) if p != directory]
+    if not others:
+        return "No other checkpoint stands beside it."
+    return f"Other checkpoints: {', '.join(str(p) for p in others)}."
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the ``step-00000100`` directories of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.name.startswith(STEP_PREFIX) and p.name[len(STEP_PREFIX) :].isdigit() and p.is_dir()
+    )
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Find the checkpoint that a path means.
+
+    Args:
+        path: A checkpoint, or the output directory of a training run, which stands for its
+            ``best`` checkpoint, or its ``last`` if none was evaluated.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    path = Path(path)
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / MODEL_FILE).is_file():
+            return candidate
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+    else:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty directory"
+    raise CheckpointError(
+        f"{path}: expected a checkpoint ({MODEL_FILE}, {CONFIG_FILE}, tokenizer files) or the "
+        f"--out directory of a training run, found {found}."
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: Missing, or not JSON.
+    """
+    _require_file(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found otherwise ({error}).") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file into memory and return its tensors, which read from it when used.
+
+    Raises:
+        CheckpointError: Missing, or not a whole safetensors file.
+    """
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, found {path.stat().st_size} bytes that "
+            f"are not one ({error}). {other_checkpoints(path.parent)}"
+        ) from error
+
+
+def _read_weights(directory: Path, model: TinyLM) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, which fit the model in name, shape and dtype."""
+    path = directory / MODEL_FILE
+    found, expected = read_tensors(path), unique_tensors(model)
+    belongs = f"The file doesn't belong to the {CONFIG_FILE} beside it."
+    for problem, names in {
+        "no tensor": sorted(set(expected) - set(found)),
+        "unknown tensor": sorted(set(found) - set(expected)),
+    }.items():
+        if names:
+            raise CheckpointError(
+                f"{path}: {problem} {names[0]!r} ({len(names)} such): expected {len(expected)} "
+                f"tensors, found {len(found)}. {belongs} {other_checkpoints(directory)}"
+            )
+    for name, tensor in expected.items():
+        want = f"{tensor.dtype} {list(tensor.shape)}"
+        have = f"{found[name].dtype} {list(found[name].shape)}"
+        if want != have:
+            raise CheckpointError(
+                f"{path}: {name}: expected {want}, found {have}. {belongs} "
+                f"{other_checkpoints(directory)}"
+            )
+    return found
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """Read the model's configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or wrong.
+    """
+    path = directory / CONFIG_FILE
+    _require_file(path)
+    try:
+        return ModelConfig.load(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{error} {other_checkpoints(directory)}") from error
+
+
+def load_model(directory: str | Path, *, verify: bool = True) -> TinyLM:
+    """Load a model for use, in evaluation mode, with its weights mapped from the file.
+
+    Args:
+        directory: A checkpoint directory.
+        verify: Whether to compare the files with ``SHA256SUMS`` first.
+
+    Raises:
+        CheckpointError: Missing, truncated, altered, or not fitting its config.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: expected a checkpoint directory, found none.")
+    if verify:
+        check_intact(directory)
+    with torch.device("meta"):
+        model = TinyLM.from_config(load_config(directory))
+    weights = _read_weights(directory, model)
+    parameters = {
+        id(p): nn.Parameter(weights[name]) for name, p in model.named_parameters()
+    }  # shared parameters come up once, and every owner gets the same new one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, parameters[id(parameter)])
+    return model.eval()
+
+
+def restore_weights(directory: Path, model: TinyLM) -> None:
+    """Copy the weights of a checkpoint into a model that exists, for training to go on.
+
+    Raises:
+        CheckpointError: Missing, or not fitting the model.
+    """
+    weights = _read_weights(directory, model)
+    with torch.no_grad():
+        for name, tensor in unique_tensors(model).items():
+            tensor.copy_(weights[name])

@@ -1,0 +1,311 @@
+"""The command line ``tinylm``.
+
+Modules that take long to import are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinylm import cli_train
+from tinylm.errors import ConfigError, TinyLMError
+from tinylm.tokenizer import DEFAULT_VOCAB_SIZE
+from tinylm.training_config import PRECISIONS
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinylm.model import TinyLM
+
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="tinylm",
+    help="Train, measure and try 1.58-bit language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Make training text.", no_args_is_help=True)
+cli_train.register(app)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a training run's --out directory.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+Precision = Annotated[str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}.")]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Count malformed lines instead of stopping.")
+]
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write what a program would read, if a file was named.
+
+    Raises:
+        ConfigError: The file can't be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json_module.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the result can't be written ({error.strerror}); it stands above. Name "
+            "another --json file."
+        ) from error
+
+
+def _load(checkpoint: Path, device: str) -> tuple[Path, TinyLM, Any, torch.device]:
+    """Load a checkpoint's model and tokenizer."""
+    from tinylm.checkpoint import load_model, resolve_checkpoint
+    from tinylm.device import choose_device
+    from tinylm.tokenizer import load_tokenizer
+
+    chosen = choose_device(device)
+    directory = resolve_checkpoint(checkpoint)
+    model = load_model(directory).to(chosen)
+    tokenizer = load_tokenizer(directory, vocab_size=model.config.vocab_size)
+    return directory, model, tokenizer, chosen
+
+
+@app.command("eval", epilog="Example: tinylm eval run --file val.jsonl --json result.json")
+def evaluate_command(
+    checkpoint: Checkpoint,
+    file: Annotated[Path, typer.Option("--file", help='JSON lines {"text": ...} or .gz.')],
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Read about this many tokens. Default: all."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Sequences at a time.")
+    ] = 8,
+    skip_bad_lines: SkipBadLines = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json: Json = None,
+) -> None:
+    """Measure token perplexity and bits per byte on a file.
+
+    The text is read in windows of the model's context, so that every token but the first is
+    predicted once; a token early in a window has little before it.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tinylm.data import PackedSequences, load_corpus
+    from tinylm.device import precision_context
+    from tinylm.evaluate import evaluate, ternary_codes, ternary_statistics
+
+    directory, model, tokenizer, chosen = _load(checkpoint, device)
+    context = precision_context(precision, chosen)
+    corpus = load_corpus(file, tokenizer, skip_bad_lines=skip_bad_lines)
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+        result = evaluate(
+            model,
+            PackedSequences(corpus, model.config.max_seq_len),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            precision=context,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if result is None:
+        raise RuntimeError("an evaluation that nothing stops has a result")
+    values = {
+        "checkpoint": str(directory),
+        "file": str(file),
+        **result.to_dict(),
+        "unigram_entropy": corpus.unigram_entropy(),
+        "num_docs": corpus.num_docs,
+        "num_bytes": corpus.num_bytes,
+        "num_skipped": corpus.num_skipped,
+        **ternary_statistics(ternary_codes(model)),
+    }
+    _print_evaluation(values)
+    write_json(json, values)
+
+
+def _print_evaluation(values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    basis = values["bits_per_byte_basis"]
+    table = Table(title=f"{values['checkpoint']} on {values['file']}", show_header=False)
+    for name, text in {
+        "token perplexity": f"{values['perplexity']:.4f}",
+        "bits per byte": f"{values['bits_per_byte']:.5f} ({basis})",
+        "loss": f"{values['loss']:.5f} nats per token",
+        "unigram entropy": f"{values['unigram_entropy']:.5f} nats per token",
+        "predicted tokens": f"{values['num_tokens']:,}",
+        "bytes of text": f"{values['num_bytes']:,}",
+        "bad lines skipped": f"{values['num_skipped']:,}",
+        "speed": f"{values['tokens_per_second']:,.0f} tokens/s",
+        "ternary codes -1 / 0 / +1": " / ".join(
+            f"{values[f'fraction_{name}']:.1%}" for name in ("minus", "zero", "plus")
+        ),
+    }.items():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+@app.command(epilog='Example: tinylm generate run --prompt "The function returns"')
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="Start of the text.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the most probable token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Sample from the k most probable tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Sample from the fewest tokens with this probability."),
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same text.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json: Json = None,
+) -> None:
+    """Continue a prompt, streaming the text as it is made.
+
+    The prompt and the text go to the standard output, the speed to the standard error.
+    """
+    import torch
+
+    from tinylm.device import precision_context
+    from tinylm.generate import SamplingConfig, TorchSession, stream
+    from tinylm.text_stream import TextStream
+    from tinylm.training_data import encode_prompt
+
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    directory, model, tokenizer, chosen = _load(checkpoint, device)
+    context = model.config.max_seq_len
+    ids = encode_prompt(tokenizer, prompt, max_seq_len=context, flag="--prompt")
+    text, new_ids, pieces = TextStream(tokenizer, ids), [], []
+    sys.stdout.write(prompt)
+    started = time.perf_counter()
+    with precision_context(precision, chosen):
+        for tokens in stream(
+            TorchSession(model),
+            torch.tensor([ids], device=chosen),  # [1, S]
+            torch.tensor([len(ids)], device=chosen),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_token_id=model.config.eos_token_id,
+            generator=torch.Generator(chosen).manual_seed(seed),
+        ):
+            new_ids.append(int(tokens[0]))
+            pieces.append(text.add(new_ids[-1]))
+            sys.stdout.write(pieces[-1])
+            sys.stdout.flush()
+    pieces.append(text.finish())
+    sys.stdout.write(pieces[-1] + "\n")
+    sys.stdout.flush()
+    speed = len(new_ids) / (time.perf_counter() - started)
+    print(f"[{len(new_ids)} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
+    write_json(
+        json,
+        {
+            "checkpoint": str(directory),
+            "prompt": prompt,
+            "prompt_ids": ids,
+            "text": "".join(pieces),
+            "ids": new_ids,
+            "tokens_per_second": speed,
+        },
+    )
+
+
+@tokenizer_app.command(
+    "train",
+    epilog="Example: tinylm tokenizer train --file train.jsonl --out tokenizer --vocab-size 4096",
+)
+def train_tokenizer_command(
+    file: Annotated[
+        list[Path],
+        typer.Option("--file", help='JSON lines {"text": ...} or .gz; may be given again.'),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
+    vocab_size: Annotated[
+        int, typer.Option("--vocab-size", min=1, help="Number of tokens, special ones included.")
+    ] = DEFAULT_VOCAB_SIZE,
+    skip_bad_lines: SkipBadLines = False,
+) -> None:
+    """Train a Llama-style SentencePiece tokenizer: BPE with byte fallback and single digits."""
+    from tinylm.tokenizer import load_tokenizer, train_tokenizer
+
+    path = train_tokenizer(file, out, vocab_size=vocab_size, skip_bad_lines=skip_bad_lines)
+    print(f"{path}: tokenizer with {len(load_tokenizer(path))} tokens")
+
+
+@data_app.command("sample", epilog="Example: tinylm data sample --out data --max-mb 8")
+def sample_command(
+    out: Annotated[Path, typer.Option("--out", help="Gets train.jsonl and val.jsonl.")],
+    max_mb: Annotated[
+        float, typer.Option("--max-mb", help="Most megabytes of training text.")
+    ] = 8.0,
+    val_fraction: Annotated[
+        float, typer.Option("--val-fraction", help="Part of the modules to hold out.")
+    ] = 0.02,
+    json: Json = None,
+) -> None:
+    """Gather real text that is already here: docstrings of the installed Python packages.
+
+    Nothing is downloaded or imported. Validation text is held out by whole modules.
+    """
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tinylm.sample import gather_docstrings
+
+    train_file, val_file = out / "train.jsonl", out / "val.jsonl"
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+        task = bar.add_task("gathering docstrings", total=None)
+        report = gather_docstrings(
+            train_file,
+            val_file,
+            max_bytes=round(max_mb * 1e6),
+            val_fraction=val_fraction,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{train_file}: {report.num_train_docs:,} documents, {report.train_bytes:,} bytes")
+    print(f"{val_file}: {report.num_val_docs:,} documents, {report.val_bytes:,} bytes")
+    write_json(json, dataclasses.asdict(report))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0 (done), 1 (the answer is no) or 2 (usage or input).
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    try:
+        app(args=None if argv is None else list(argv))
+    except (TinyLMError, OSError) as error:
+        print(f"tinylm: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

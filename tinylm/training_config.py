@@ -1,0 +1,307 @@
+"""The configuration of a training run: one frozen dataclass for each part, checked when made.
+
+The same dataclasses are the command line's flags, the sections of a ``--config`` file and the
+``training_config.json`` that a run leaves behind, so a name exists once. ``tinylm.run_settings``
+puts the layers (defaults, file, flags) together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tinylm.config import ModelConfig
+from tinylm.errors import ConfigError
+from tinylm.tokenizer import DEFAULT_TOKENIZER
+
+SCHEDULES = ("cosine", "linear", "two-stage")
+PRECISIONS = ("auto", "fp32", "bf16")
+DEFAULT_PRESET = "tinylm-300m"
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] = (),
+    flag: str | None = None,
+) -> Any:
+    """Declare a field together with what the command line says about it.
+
+    Args:
+        default: Value when neither flag nor file gives one; without it the field is required.
+        help: One line for ``--help``.
+        choices: Allowed values, if they are few.
+        flag: Name of the flag where it isn't the field's name with hyphens.
+    """
+    metadata = {"help": help, "choices": choices, "flag": flag}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _positive(owner: object, *names: str, zero: bool = False) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not (value > 0 or (zero and value == 0)):
+            expected = "zero or more" if zero else "above zero"
+            raise ConfigError(f"{name} must be {expected}, found {value!r}.")
+
+
+def _one_of(owner: object, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(owner, name) not in choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}, found {getattr(owner, name)!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text and tokenizer.
+
+    Raises:
+        ConfigError: A file is not named or a count is out of range.
+    """
+
+    train_file: str = setting(help='Training text: JSON lines {"text": ...}, plain or .gz.')
+    val_file: str = setting(help="Held-out text in the same form.")
+    tokenizer: str = setting(DEFAULT_TOKENIZER, help="Directory, file or Hugging Face hub id.")
+    packing: bool = setting(
+        True, help="Fill every sequence with consecutive documents, or pad one document a row."
+    )
+    skip_bad_lines: bool = setting(False, help="Count malformed lines instead of stopping.")
+    num_proc: int | None = setting(
+        None, help="Processes for tokenising. Default: as the size asks for."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("train_file", "val_file", "tokenizer"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be given: pass --{name.replace('_', '-')}.")
+        _positive(self, "num_proc")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and gradient clipping.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    weight_decay: float = setting(0.1, help="Decoupled decay, on matrices only.")
+    beta1: float = setting(0.9, help="Decay of AdamW's first moment.")
+    beta2: float = setting(0.95, help="Decay of AdamW's second moment.")
+    eps: float = setting(1e-8, help="Added to the root of AdamW's second moment.")
+    max_grad_norm: float = setting(1.0, help="Gradients are scaled down to this norm.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "eps", "max_grad_norm")
+        _positive(self, "weight_decay", zero=True)
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), found {getattr(self, name)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run. Fields that are ``None`` get the default of their ``kind``.
+
+    Raises:
+        ConfigError: A value is out of range, or belongs to another ``kind``.
+    """
+
+    kind: str = setting(
+        "cosine",
+        help="two-stage is the recipe of BitNet b1.58.",
+        choices=SCHEDULES,
+        flag="schedule",
+    )
+    lr: float = setting(None, help="Peak learning rate. Default: 2e-4; two-stage: 1.5e-3.")
+    second_lr: float | None = setting(
+        None, help="two-stage: peak of the second line. Default: 2/3 of --lr."
+    )
+    second_stage_start: float | None = setting(
+        None, help="two-stage: part of the run after which it begins. Default: 0.5."
+    )
+    warmup_steps: int = setting(375, help="Steps over which the rate rises linearly.")
+    min_lr_ratio: float = setting(
+        None, help="Floor as a part of the peak. Default: 0.1; two-stage: 0."
+    )
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", SCHEDULES)
+        two_stage = self.kind == "two-stage"
+        self._default("lr", 1.5e-3 if two_stage else 2e-4)
+        self._default("min_lr_ratio", 0.0 if two_stage else 0.1)
+        if two_stage:
+            self._default("second_lr", self.lr * 2 / 3)
+            self._default("second_stage_start", 0.5)
+        else:
+            for name in ("second_lr", "second_stage_start"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} belongs to --schedule two-stage, found schedule {self.kind!r}."
+                    )
+        _positive(self, "lr", "second_lr", "second_stage_start")
+        _positive(self, "warmup_steps", zero=True)
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise ConfigError(f"min_lr_ratio must be in [0, 1], found {self.min_lr_ratio}.")
+        if self.second_lr is not None and self.second_lr > self.lr:
+            raise ConfigError(
+                f"second_lr must be at most lr {self.lr:g}: the rate drops at the second stage; "
+                f"found {self.second_lr:g}."
+            )
+        if self.second_stage_start is not None and self.second_stage_start >= 1.0:
+            raise ConfigError(
+                f"second_stage_start must be in (0, 1), found {self.second_stage_start}."
+            )
+
+    def _default(self, name: str, value: float) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and on what to train.
+
+    Raises:
+        ConfigError: A value is out of range, or both lengths are given.
+    """
+
+    max_steps: int | None = setting(None, help="Optimiser steps. Default: one epoch.")
+    epochs: float | None = setting(None, help="Passes over the training text, instead of steps.")
+    batch_size: int = setting(16, help="Sequences an optimiser step.")
+    grad_accum_steps: int = setting(
+        1, help="Parts in which a batch goes through the model, to save memory."
+    )
+    seed: int = setting(0, help="Seed of weights, data order and dropout.")
+    precision: str = setting(
+        "auto", help="auto: bf16 autocast on a GPU that has it, else fp32.", choices=PRECISIONS
+    )
+    device: str = setting("auto", help="auto: the GPU if there is one. Or cpu, cuda, cuda:1 ...")
+    num_threads: int | None = setting(None, help="CPU threads. Default: PyTorch's choice.")
+    max_bad_steps: int = setting(
+        5, help="Stop after this many rejected (not finite) steps in a row."
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"give max_steps or epochs, not both; found {self.max_steps} and {self.epochs}."
+            )
+        _positive(
+            self,
+            "max_steps",
+            "epochs",
+            "batch_size",
+            "grad_accum_steps",
+            "num_threads",
+            "max_bad_steps",
+        )
+        _positive(self, "seed", zero=True)
+        _one_of(self, "precision", PRECISIONS)
+        if self.grad_accum_steps > self.batch_size:
+            raise ConfigError(
+                f"grad_accum_steps must be at most batch_size {self.batch_size}: the batch is "
+                f"divided into that many parts; found {self.grad_accum_steps}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on the held-out text during training.
+
+    Raises:
+        ConfigError: A count is out of range.
+    """
+
+    eval_every: int = setting(500, help="Steps between evaluations; also before the first step.")
+    eval_max_tokens: int | None = setting(
+        None, help="Use about this many held-out tokens, spread over the file. Default: all."
+    )
+    sample_prompt: str = setting("The", help="Start of the text that is sampled to be looked at.")
+    sample_tokens: int = setting(48, help="Tokens to sample at each evaluation; 0: none.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "eval_every", "eval_max_tokens")
+        _positive(self, "sample_tokens", zero=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep. The checkpoint with the best validation loss always stays.
+
+    Raises:
+        ConfigError: A count is out of range.
+    """
+
+    save_every: int = setting(500, help="Steps between checkpoints.")
+    keep_last: int = setting(2, help="Newest checkpoints to keep, besides the best.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "save_every", "keep_last")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down while training.
+
+    Raises:
+        ConfigError: A count is out of range.
+    """
+
+    log_every: int = setting(10, help="Steps between log records.")
+    tensorboard: bool = setting(True, help="Write TensorBoard events beside metrics.jsonl.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a training run is made from.
+
+    Attributes:
+        out: Output directory.
+        model: Architecture. Token ids are filled in from the tokenizer when training starts.
+        data: Text and tokenizer.
+        optimizer: AdamW.
+        schedule: Learning rate.
+        training: Length, batch, device.
+        evaluation: Measurements on held-out text.
+        checkpoint: Saving.
+        logging: Records.
+    """
+
+    out: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of ``training_config.json``, which ``--config`` accepts."""
+        values = dataclasses.asdict(self)
+        values["model"] = self.model.to_dict()
+        return values
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """Return a copy with some parts changed."""
+        return dataclasses.replace(self, **changes)
+
+
+# Sections of a config file, in the order of the help text. All but `model` are built as they are.
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "training": LoopConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LogConfig,
+}
