@@ -45,7 +45,7 @@ class GraphBuilder:
             value = ir.Value(
                 name=name,
                 type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 const_value=tensor,
             )
             self._initializers[name] = value

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from tinylm.bitlinear import BitLinear, PackedBitLinear
 from tinylm.errors import ExportError
+from tinylm.model import DecoderLayer
 from tinylm.norm import RMSNorm
 from tinylm_export.function_bodies import function_bodies
 from tinylm_export.graph_builder import GraphBuilder
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tinylm.attention import FlashMLA
-    from tinylm.model import DecoderLayer, TinyLM
+    from tinylm.model import TinyLM
 
 Task = Literal["text-generation-with-past", "text-generation"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -89,6 +90,7 @@ def build_onnx(
     )
     presents = []
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
         x, present = _decoder_layer(g, f"layers.{index}", layer, x, context, index, model)
         presents.append(present)
     x = _rms_norm(g, "norm", x, model.norm, config.hidden_size)
@@ -165,7 +167,7 @@ def _plain_inputs(
             last = constant(f"empty_cache.{kind}_width", *width)
             dims = g.node("Concat", [shape, last], f"empty_cache.{kind}_shape", I64, [3], axis=0)
         name = f"empty_cache.{kind}"
-        out = [*rows, *width]
+        out: list[int | str] = [*rows, *width]
         return g.node("ConstantOfShape", [dims], name, dtype, out, value=ir.tensor(fill))
 
     cache = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinylm.config import ModelConfig
-from tinylm.directory import check_intact
+from tinylm.directory import check_sums
 from tinylm.errors import ExportError
 from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE, ExportInfo
 
@@ -92,7 +92,7 @@ class OrtSession:
         self.info = ExportInfo.load(self.directory)
         if verify:
             required = (ONNX_FILE, DATA_FILE, EXPORT_FILE)
-            check_intact(self.directory, required=required, error=ExportError, hint=_HINT)
+            check_sums(self.directory, required=required, error=ExportError, hint=_HINT)
         self.config = ModelConfig.load(self.directory / "config.json")
         self.session = make_inference_session(self.directory / ONNX_FILE, num_threads=num_threads)
         self._binding: onnxruntime.IOBinding | None = None

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from tinylm.bitlinear import BitLinear
 from tinylm.checkpoint import MODEL_FILE, load_model
 from tinylm.directory import read_checksums
 from tinylm.errors import CheckpointError, DataError, ExportError
@@ -48,7 +49,10 @@ class ParityRuntime(Protocol):
     name: str
     version: str
     kernels: str
-    session: Session
+
+    @property
+    def session(self) -> Session:
+        """Cached steps."""
 
     def prefill(self, input_ids: Tensor, seq_lens: Tensor, nodes: list[str]) -> dict[str, Tensor]:
         """Run a right-padded batch and return ``logits`` [B, S, V] and the nodes' [B, S, width]."""
@@ -204,8 +208,8 @@ def compare_prefill(
         The agreements, and PyTorch's logits [B, S, V] for :func:`compare_decode`.
     """
     names = bit_linear_names(model)
-    probes = {name: BitLinearProbe(_weights(model, graph, name)) for name in names}
-    codes = {name: model.get_submodule(name).weight_codes(torch.float32)[0] for name in names}
+    probes = {name: _probe(model, graph, name) for name in names}
+    codes = {name: _bit_linear(model, name).weight_codes(torch.float32)[0] for name in names}
     meter = _LogitMeter("prefill")
     linears: dict[str, list[BitLinearAgreement]] = {name: [] for name in names}
     layers: dict[str, list[LayerDifference]] = {}
@@ -219,8 +223,7 @@ def compare_prefill(
         for node, value in reference.values.items():
             layers.setdefault(node, []).append(_difference(node, value, found[node][mask]))
         for name in names:
-            norm = model.get_submodule(norm_path(name))
-            assert isinstance(norm, RMSNorm)
+            norm = _norm(model, name)
             x = reference.norm_inputs[norm_path(name)]
             linears[name].append(
                 compare_bit_linear(name, x, norm.weight, norm.eps, codes[name], probes[name])
@@ -236,10 +239,21 @@ def compare_prefill(
     )
 
 
-def _weights(model: TinyLM, graph: ir.Model, name: str) -> Any:
-    layer: Any = model.get_submodule(name)
-    norm: Any = model.get_submodule(norm_path(name))
-    return read_weights(graph, name, layer.activation, norm.eps)
+def _bit_linear(model: TinyLM, name: str) -> BitLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, BitLinear)
+    return layer
+
+
+def _norm(model: TinyLM, bit_linear: str) -> RMSNorm:
+    norm = model.get_submodule(norm_path(bit_linear))
+    assert isinstance(norm, RMSNorm)
+    return norm
+
+
+def _probe(model: TinyLM, graph: ir.Model, name: str) -> BitLinearProbe:
+    activation, eps = _bit_linear(model, name).activation, _norm(model, name).eps
+    return BitLinearProbe(read_weights(graph, name, activation, eps))
 
 
 def _difference(node: str, reference: Tensor, found: Tensor) -> LayerDifference:

@@ -245,6 +245,27 @@ def test_stream_yields_what_generate_returns(model: TinyLM, batch: RaggedBatch) 
         assert_equal(tokens[row], out[row, length : length + NEW])
 
 
+def test_ended_rows_take_no_room_in_the_cache(model: TinyLM, batch: RaggedBatch) -> None:
+    class RecordingSession(TorchSession):
+        def step(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
+            fed.append(seq_lens.tolist())
+            return super().step(input_ids, seq_lens)
+
+    fed: list[list[int]] = []
+    lens = torch.tensor(batch.lens)
+    free = model.generate(batch.input_ids, batch.attention_mask, max_new_tokens=NEW)
+    eos = int(free[0, batch.lens[0] + 2])
+    steps = stream(
+        RecordingSession(model), batch.input_ids, lens, max_new_tokens=NEW, eos_token_id=eos
+    )
+    tokens = torch.stack(list(steps), dim=1)
+    assert fed[0] == batch.lens
+    ended = (tokens == eos).cumsum(dim=1) > 0  # [B, NEW]
+    assert bool(ended[0, 2])
+    for step, seq_lens in enumerate(fed[1:]):
+        assert seq_lens == (~ended[:, step]).long().tolist()
+
+
 def test_session_must_be_started(model: TinyLM) -> None:
     with pytest.raises(RuntimeError, match=r"start\(\)"):
         TorchSession(model).step(torch.ones(1, 1, dtype=torch.long), torch.ones(1))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -13,8 +16,10 @@ from model_helpers import (
     ragged_batch,
 )
 from tolerances import LOGITS, assert_equal
+from torch import Tensor
 
-from tinylm import TinyLM, preset
+from tinylm import TinyLM, attention, preset
+from tinylm.latent_attention import attend_absorbed, attend_expanded
 from tinylm.latent_cache import LatentCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +64,30 @@ def test_cached_backends_agree_bit_for_bit(backend: str) -> None:
     rows = feed_in_chunks(model, batch, [8, 8, 8])
     for row, length in enumerate(batch.lens):
         assert_equal(rows[row], expected[row, :length])
+
+
+def test_absorbed_equals_expanded_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make_model(seed=16), ragged_batch(seed=16)
+    calls: list[str] = []
+
+    def count(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(attention, "attend_absorbed", count("absorbed", attend_absorbed))
+    monkeypatch.setattr(attention, "attend_expanded", count("expanded", attend_expanded))
+    absorbed = feed_in_chunks(model, batch, [1])
+    assert set(calls) == {"absorbed"}
+    # The very same steps, with the other form in its place.
+    monkeypatch.setattr(attention, "attend_absorbed", attend_expanded)
+    for row, hidden in enumerate(feed_in_chunks(model, batch, [1])):
+        assert_equal(hidden, absorbed[row])
+    calls.clear()
+    feed_in_chunks(model, batch, [24])
+    assert calls == ["expanded", "expanded"]
 
 
 def test_packed_model_with_a_cache() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.bitlinear import BitLinear
-from tinylm.latent_cache import LatentCache
 from tinylm.config import Activation, ModelConfig
 from tinylm.latent_attention import (
     attend_absorbed,
@@ -18,6 +17,7 @@ from tinylm.latent_attention import (
     rotate,
     split_query,
 )
+from tinylm.latent_cache import LatentCache
 from tinylm.norm import RMSNorm
 from tinylm.precision import inner_dtype
 from tinylm.quantization import quantize_activation

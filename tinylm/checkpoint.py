@@ -11,12 +11,8 @@ Everything is safetensors or JSON; nothing is unpickled.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
+from tinylm.directory import check_sums, write_checksums, written_whole
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.model import TinyLM
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-SUMS_FILE = "SHA256SUMS"
 STATE_DIR = "training_state"
 STEP_PREFIX = "step-"
-TEMPORARY_PREFIX = ".tmp-"
 
 
 def save_model(
@@ -64,7 +59,7 @@ def save_model(
             was there before is intact and the temporary directory is gone.
     """
     directory = Path(directory)
-    with _written_whole(directory) as temporary:
+    with written_whole(directory, marker=MODEL_FILE, error=CheckpointError) as temporary:
         _save_tensors(temporary / MODEL_FILE, unique_tensors(model))
         model.config.save(temporary / CONFIG_FILE)
         if tokenizer is not None:
@@ -94,77 +89,10 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
-
-
-@contextlib.contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
-    """Give a temporary directory that becomes ``directory`` if the block succeeds."""
-    replaces = directory.is_dir() and any(directory.iterdir())
-    if replaces and not (directory / MODEL_FILE).is_file():
-        raise CheckpointError(
-            f"{directory}: is not empty and not a checkpoint, so it is not replaced. "
-            "Choose another directory."
-        )
-    temporary = directory.parent / f"{TEMPORARY_PREFIX}{directory.name}"
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            _flush_to_disk(path)
-        _flush_to_disk(temporary)
-        if replaces:
-            old = directory.parent / f"{TEMPORARY_PREFIX}old-{directory.name}"
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-            temporary.rename(directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(directory)
-        _flush_to_disk(directory.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{directory}: can't be written: {error}. {_free_space(directory)} The unfinished "
-            "files were removed and earlier checkpoints are intact. Make room or choose another "
-            "disk, then run again (training goes on with --resume)."
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _free_space(directory: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(directory.parent).free / 1e6:.0f} MB are free there."
-    except OSError:
-        return ""
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256 as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_checksums(directory: Path) -> None:
-    """Write ``SHA256SUMS`` over every other file of a directory."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS_FILE)
-    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
-    (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
 
 
 def check_intact(directory: Path, *, training_state: bool = False) -> None:
@@ -177,30 +105,13 @@ def check_intact(directory: Path, *, training_state: bool = False) -> None:
     Raises:
         CheckpointError: A file is missing, truncated or altered.
     """
-    sums = directory / SUMS_FILE
-    _require_file(sums)
-    expected = {}
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name:
-            raise CheckpointError(f"{sums}: damaged line {line!r}. {other_checkpoints(directory)}")
-        expected[name] = digest
-    for name in (MODEL_FILE, CONFIG_FILE):
-        if name not in expected:
-            raise CheckpointError(
-                f"{sums}: expected a line for {name}, found none. {other_checkpoints(directory)}"
-            )
-    for name, digest in expected.items():
-        if name.startswith(f"{STATE_DIR}/") and not training_state:
-            continue
-        path = directory / name
-        _require_file(path)
-        found = sha256(path)
-        if found != digest:
-            raise CheckpointError(
-                f"{path}: truncated or altered ({path.stat().st_size} bytes): expected SHA-256 "
-                f"{digest}, found {found}. Copy it again. {other_checkpoints(directory)}"
-            )
+    check_sums(
+        directory,
+        required=(MODEL_FILE, CONFIG_FILE),
+        error=CheckpointError,
+        hint=other_checkpoints(directory),
+        skip=lambda name: name.startswith(f"{STATE_DIR}/") and not training_state,
+    )
 
 
 def _require_file(path: Path) -> None:

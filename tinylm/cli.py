@@ -5,9 +5,6 @@ Modules that take long to import are imported inside the commands, so that ``--h
 
 from __future__ import annotations
 
-import json as json_module
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinylm import cli_train
-from tinylm.errors import ConfigError, TinyLMError
+from tinylm.cli_shared import run_app, stream_prompt, write_json
 from tinylm.tokenizer import DEFAULT_VOCAB_SIZE
 from tinylm.training_config import PRECISIONS
 
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from tinylm.model import TinyLM
-
-EXIT_USAGE = 2
 
 app = typer.Typer(
     name="tinylm",
@@ -48,24 +43,6 @@ Precision = Annotated[str, typer.Option("--precision", help=f"{', '.join(PRECISI
 SkipBadLines = Annotated[
     bool, typer.Option("--skip-bad-lines", help="Count malformed lines instead of stopping.")
 ]
-
-
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write what a program would read, if a file was named.
-
-    Raises:
-        ConfigError: The file can't be written.
-    """
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_module.dumps(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: the result can't be written ({error.strerror}); it stands above. Name "
-            "another --json file."
-        ) from error
 
 
 def _load(checkpoint: Path, device: str) -> tuple[Path, TinyLM, Any, torch.device]:
@@ -188,50 +165,22 @@ def generate(
 
     The prompt and the text go to the standard output, the speed to the standard error.
     """
-    import torch
-
     from tinylm.device import precision_context
-    from tinylm.generate import SamplingConfig, TorchSession, stream
-    from tinylm.text_stream import TextStream
-    from tinylm.training_data import encode_prompt
+    from tinylm.generate import SamplingConfig, TorchSession
 
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     directory, model, tokenizer, chosen = _load(checkpoint, device)
-    context = model.config.max_seq_len
-    ids = encode_prompt(tokenizer, prompt, max_seq_len=context, flag="--prompt")
-    text, new_ids, pieces = TextStream(tokenizer, ids), [], []
-    sys.stdout.write(prompt)
-    started = time.perf_counter()
     with precision_context(precision, chosen):
-        for tokens in stream(
+        values = stream_prompt(
             TorchSession(model),
-            torch.tensor([ids], device=chosen),  # [1, S]
-            torch.tensor([len(ids)], device=chosen),
+            tokenizer,
+            prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos_token_id=model.config.eos_token_id,
-            generator=torch.Generator(chosen).manual_seed(seed),
-        ):
-            new_ids.append(int(tokens[0]))
-            pieces.append(text.add(new_ids[-1]))
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
-    pieces.append(text.finish())
-    sys.stdout.write(pieces[-1] + "\n")
-    sys.stdout.flush()
-    speed = len(new_ids) / (time.perf_counter() - started)
-    print(f"[{len(new_ids)} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
-    write_json(
-        json,
-        {
-            "checkpoint": str(directory),
-            "prompt": prompt,
-            "prompt_ids": ids,
-            "text": "".join(pieces),
-            "ids": new_ids,
-            "tokens_per_second": speed,
-        },
-    )
+            seed=seed,
+            device=chosen,
+        )
+    write_json(json, {"checkpoint": str(directory), **values})
 
 
 @tokenizer_app.command(
@@ -295,16 +244,8 @@ def sample_command(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0 (done), 1 (the answer is no) or 2 (usage or input).
-
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
-    try:
-        app(args=None if argv is None else list(argv))
-    except (TinyLMError, OSError) as error:
-        print(f"tinylm: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    """Run the command line; exits with 0 (done), 1 (the answer is no) or 2 (usage or input)."""
+    run_app(app, "tinylm", argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylm.errors import TinyLMError
+from tinylm.errors import ConfigError, TinyLMError
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,21 @@ EXIT_USAGE = 2
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write what a program would read, if a file was named."""
-    if path is not None:
+    """Write what a program would read, if a file was named.
+
+    Raises:
+        ConfigError: The file can't be written.
+    """
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the result can't be written ({error.strerror}); it stands above. Name "
+            "another --json file."
+        ) from error
 
 
 def run_app(app: typer.Typer, name: str, argv: Sequence[str] | None) -> None:

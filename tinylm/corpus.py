@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tinylm.paths import cache_dir
 from tinylm.errors import DataError, TokenizerError
 from tinylm.jsonl import read_jsonl
+from tinylm.paths import cache_dir
 from tinylm.tokenizer import num_token_ids
 
 if TYPE_CHECKING:

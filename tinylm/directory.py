@@ -113,7 +113,7 @@ def read_checksums(directory: Path, *, error: type[TinyLMError], hint: str = "")
     return sums
 
 
-def check_intact(
+def check_sums(
     directory: Path,
     *,
     required: tuple[str, ...],

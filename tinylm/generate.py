@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from tinylm.latent_cache import LatentCache
 from tinylm.errors import ConfigError
+from tinylm.latent_cache import LatentCache
 
 if TYPE_CHECKING:
     from tinylm.config import ModelConfig

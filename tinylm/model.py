@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tinylm.attention import FlashMLA
 from tinylm.bitlinear import BitLinear, PackedBitLinear
-from tinylm.latent_cache import LatentCache
 from tinylm.config import Activation, ModelConfig
 from tinylm.latent_attention import rotary_angles
+from tinylm.latent_cache import LatentCache
 from tinylm.norm import RMSNorm
 from tinylm.precision import inner_dtype
 
@@ -319,7 +319,7 @@ class TinyLM(nn.Module):
                 f"found {name!r}."
             )
         for layer in self.layers:
-            layer.self_attn.backend = name
+            layer.get_submodule("self_attn").backend = name  # type: ignore[assignment]
 
     def set_activation(self, activation: Activation) -> None:
         """Choose the number format of activations; the latent stays int8.

@@ -14,10 +14,10 @@ from pathlib import Path
 from tinylm.checkpoint import (
     MODEL_FILE,
     STEP_PREFIX,
-    TEMPORARY_PREFIX,
     list_checkpoints,
     other_checkpoints,
 )
+from tinylm.directory import TEMPORARY_PREFIX
 from tinylm.errors import CheckpointError, ConfigError
 
 

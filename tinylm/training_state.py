@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.checkpoint import STATE_DIR, read_json, sha256
+from tinylm.checkpoint import STATE_DIR, read_json
+from tinylm.directory import sha256
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.run_settings import check_layer
 from tinylm.training_config import SECTIONS, TrainConfig

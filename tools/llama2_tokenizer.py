@@ -21,8 +21,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tinylm.paths import cache_dir
 from tinylm.errors import TokenizerError
+from tinylm.paths import cache_dir
 from tinylm.spm_convert import SPACE_MARK
 from tinylm.tokenizer import HF_FILE, SPM_FILE, load_tokenizer, save_tokenizer
 

@@ -19,7 +19,7 @@ def expose_all_logits(model: ir.Model) -> ir.Model:
         ExportError: The graph has neither form; says what was found.
     """
     graph = model.graph
-    nodes = {node.name: node for node in graph}
+    nodes = {node.name or "": node for node in graph}
     logits = graph.outputs[0]
     if logits.name != "logits" or logits.shape is None:
         raise ExportError(f"expected the first output to be logits, found {logits.name!r}.")
