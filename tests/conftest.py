@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+
+# Small models gain nothing from more threads, and pytest-xdist runs a worker on each core. Set
+# before torch is imported, so that subprocesses compute with the same threads too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 
 import pytest
@@ -29,10 +35,8 @@ def fresh_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+
+
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: small models gain nothing from more, and on a busy machine lose."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread() -> None:
+    """Threads are limited above."""

@@ -20,8 +20,6 @@ from tinylm.latent_attention import (
     split_query,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = AttentionShape(
     num_heads=3, nope_dim=6, rope_dim=4, value_dim=8, theta=100.0, eps=1e-5, softmax_scale=0.3
 )

@@ -21,7 +21,7 @@ from tinylm.attention_backends import (
 )
 from tinylm.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("fresh_backends", "one_thread")
+pytestmark = pytest.mark.usefixtures("fresh_backends")
 
 
 def draw(

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from tinylm import BitLinear, PackedBitLinear
 from tinylm.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = [(5,), (1, 3), (2, 3, 4)]
 
 

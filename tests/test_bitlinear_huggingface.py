@@ -17,8 +17,6 @@ from transformers.integrations import bitnet
 from tinylm import BitLinear, PackedBitLinear
 from tinylm.norm import RMSNorm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = range(4)
 K, N = 96, 24
 

@@ -19,8 +19,6 @@ from tinylm.text_stream import TextStream
 from tinylm.tokenizer import load_tokenizer
 from tinylm.training_config import SECTIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COMMANDS = (["train"], ["eval"], ["generate"], ["tokenizer", "train"], ["data", "sample"])
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -11,8 +11,6 @@ from tinylm import TinyLM
 from tinylm.errors import ConfigError
 from tinylm.generate import SamplingConfig, TorchSession, sample, stream
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NEW = 16
 
 

@@ -22,8 +22,6 @@ from tinylm import TinyLM, attention, preset
 from tinylm.latent_attention import attend_absorbed, attend_expanded
 from tinylm.latent_cache import LatentCache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(

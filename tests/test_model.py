@@ -22,8 +22,6 @@ import tinylm
 from tinylm import BitLinear, ModelConfig, PackedBitLinear, TinyLM, preset
 from tinylm.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Which norm feeds which BitLinear (BitNet b1.58 2B4T), within one layer.
 NORM_OF = {
     "self_attn.q_proj": "input_layernorm",

@@ -19,8 +19,6 @@ from tinylm.quantization import (
     ternarize,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 reproducible = settings(derandomize=True, deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**31)
 MAGNITUDES = st.integers(-12, 36).map(lambda e: 10.0**e)

@@ -30,8 +30,6 @@ from tinylm.tokenizer import train_tokenizer
 from tinylm.trainer import Trainer
 from tinylm.training_state import load_saved_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 40
 DEADLINE_SECONDS = 120.0
 

@@ -17,8 +17,6 @@ from tinylm.evaluate import evaluate, ternary_codes, ternary_statistics
 from tinylm.optim import optimizer_tensors
 from tinylm.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def snapshot(run: Trainer) -> dict[str, torch.Tensor]:
     tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.model, run.optimizer)
