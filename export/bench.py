@@ -20,15 +20,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from tinylm.checkpoint import MODEL_FILE, resolve_checkpoint
+from tinylm.checkpoint import MODEL_FILE
 from tinylm.config import ModelConfig
-from tinylm.directory import read_checksums
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
 from tinylm_export.bench_worker import RUNTIMES, WorkerSettings
 from tinylm_export.machine import describe_machine
 from tinylm_export.ort_session import import_onnxruntime
-from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo
+from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,9 +98,11 @@ class RuntimeResult:
         prefill_tokens_per_s: Prompt tokens of all rows per second.
         decode_ms_per_token: Time of one decode step, in milliseconds.
         decode_tokens_per_s: New tokens of all rows per second.
-        rss_growth_bytes: Largest resident set less the one before loading, with the libraries in
+        rss_growth_bytes: Largest resident set, less the one before loading with the libraries in
             memory already; mapped weights count once they are read. None where the system does
             not say.
+        rss_held_bytes: The same for the resident set after the last run, without what only
+            loading needed.
         peak_rss_bytes: Largest resident set, libraries included.
         cache_bytes: The latent cache of the batch.
         file_bytes: The files it loads weights and graph from.
@@ -114,6 +115,7 @@ class RuntimeResult:
     decode_ms_per_token: Spread
     decode_tokens_per_s: Spread
     rss_growth_bytes: int | None
+    rss_held_bytes: int | None
     peak_rss_bytes: int | None
     cache_bytes: int
     file_bytes: int
@@ -270,19 +272,11 @@ def _find_checkpoint(
 ) -> tuple[Path | None, str]:
     """Return the checkpoint, or None and why there is none."""
     try:
-        source = resolve_checkpoint(given if given is not None else directory / info.checkpoint)
-        digest = read_checksums(source, error=CheckpointError)[MODEL_FILE]
+        return source_checkpoint(directory, info, given), ""
     except CheckpointError as error:
         if given is not None:
             raise
-        return None, f"{error} Name it with --checkpoint."
-    if digest != info.checkpoint_sha256:
-        raise ExportError(
-            f"{source}: {directory} was exported from other weights (SHA-256 expected "
-            f"{info.checkpoint_sha256}, found {digest}). Export this checkpoint again, or name the "
-            "right one with --checkpoint."
-        )
-    return source, ""
+        return None, str(error)
 
 
 def _choose(
@@ -354,7 +348,8 @@ def _result(
     new_tokens = settings.batch_size * settings.new_tokens
     prefill = [run["prefill_seconds"] for run in measured.times]
     decode = [run["decode_seconds"] for run in measured.times]
-    baseline, peak = (measured.memory[key] for key in ("baseline_bytes", "peak_bytes"))
+    keys = ("baseline_bytes", "peak_bytes", "now_bytes")
+    baseline, peak, now = (measured.memory[key] for key in keys)
     return RuntimeResult(
         runtime=name,
         load_seconds=measured.load["load_seconds"],
@@ -363,6 +358,7 @@ def _result(
         decode_ms_per_token=Spread.of([1000 * s / settings.new_tokens for s in decode]),
         decode_tokens_per_s=Spread.of([new_tokens / seconds for seconds in decode]),
         rss_growth_bytes=None if baseline is None or peak is None else peak - baseline,
+        rss_held_bytes=None if baseline is None or now is None else now - baseline,
         peak_rss_bytes=peak,
         cache_bytes=cache_bytes,
         file_bytes=file_bytes,
@@ -466,6 +462,7 @@ def render(report: BenchReport) -> RenderableType:
         "decode ms a token": [f"{r.decode_ms_per_token:.2f}" for r in results],
         "load s": [f"{r.load_seconds:.2f}" for r in results],
         "resident set growth": [_megabytes(r.rss_growth_bytes) for r in results],
+        "of it held at the end": [_megabytes(r.rss_held_bytes) for r in results],
         "largest resident set": [_megabytes(r.peak_rss_bytes) for r in results],
         "cache": [_megabytes(r.cache_bytes) for r in results],
         "files": [_megabytes(r.file_bytes) for r in results],

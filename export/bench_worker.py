@@ -6,7 +6,7 @@ workspace and cache. Requests come by stdin and replies go to stdout, one JSON o
     {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., ...}
     {"do": "answer"} -> {"tokens": [steps][batch], "margins": [steps][batch]}
     {"do": "time"}   -> {"prefill_seconds": ..., "decode_seconds": ...}
-    {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ...}
+    {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ..., "now_bytes": ...}
 
 A reply of ``{"error": ...}`` says what went wrong.
 """
@@ -138,8 +138,12 @@ class Worker:
         return {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled}
 
     def memory(self) -> dict[str, Any]:
-        """Return the resident set before loading and the largest since."""
-        return {"baseline_bytes": self._baseline, "peak_bytes": peak_resident_bytes()}
+        """Return the resident set before loading, the largest since, and the present one."""
+        return {
+            "baseline_bytes": self._baseline,
+            "peak_bytes": peak_resident_bytes(),
+            "now_bytes": resident_bytes(),
+        }
 
     def _steps(self) -> Any:
         """Yield the logits [B, V] of the prefill and of each decode step."""

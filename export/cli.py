@@ -257,6 +257,83 @@ def generate(
     write_json(json, {"directory": str(directory), **values})
 
 
+@app.command(epilog="Example: tinylm-export bench onnx --prompt-len 128 --json bench.json")
+def bench(
+    directory: Directory,
+    checkpoint: CheckpointOption = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            help="pytorch, pytorch-packed or onnxruntime; may be given again. Default: all.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows.")] = 1,
+    prompt_len: Annotated[
+        int, typer.Option("--prompt-len", min=1, help="Tokens of each prompt.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, help="Decode steps after the prompt.")
+    ] = 32,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Timed runs of each runtime.")
+    ] = 5,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Measure prefill and decode speed and memory of each runtime that is there.
+
+    The runtimes must give the same tokens first; they are then timed in turns.
+    """
+    from rich.console import Console
+
+    from tinylm_export.bench import BenchSettings, render, run_bench
+
+    settings = BenchSettings(
+        batch_size=batch_size,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        num_threads=threads,
+    )
+    report = run_bench(
+        directory, settings, checkpoint=checkpoint, runtimes=runtime, show_progress=True
+    )
+    Console().print(render(report))
+    write_json(json, report.to_dict())
+
+
+@app.command(epilog="Example: tinylm-export inspect onnx --json inspect.json")
+def inspect(directory: Directory, json: Json = None) -> None:
+    """Show ops, sizes, bits per weight and the share of zeros in each layer."""
+    from rich.console import Console
+
+    from tinylm_export.inspect import inspect_onnx, render
+
+    report = inspect_onnx(directory)
+    Console().print(render(report))
+    write_json(json, report.to_dict())
+
+
+@app.command(epilog="Example: tinylm-export doctor")
+def doctor(json: Json = None) -> None:
+    """Show what is installed, what is missing, and the command that mends it.
+
+    Exits with 1 if something that is needed is missing or does not work.
+    """
+    from rich.console import Console
+
+    from tinylm_export.doctor import render, run_doctor
+
+    report = run_doctor()
+    Console().print(render(report))
+    write_json(json, report.to_dict())
+    if not report.healthy:
+        raise typer.Exit(EXIT_NO)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0 (done), 1 (the answer is no) or 2 (usage or input)."""
     run_app(app, "tinylm-export", argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tinylm.bitlinear import BitLinear
-from tinylm.checkpoint import MODEL_FILE, load_model
-from tinylm.directory import read_checksums
-from tinylm.errors import CheckpointError, DataError, ExportError
+from tinylm.checkpoint import load_model
+from tinylm.errors import DataError
 from tinylm.generate import Session
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
+from tinylm_export.machine import describe_machine
 from tinylm_export.op_probe import (
     BitLinearProbe,
     compare_bit_linear,
@@ -38,7 +37,7 @@ from tinylm_export.parity_report import (
 )
 from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.mark_outputs import mark_outputs
-from tinylm_export.to_onnx import ONNX_FILE, ExportInfo
+from tinylm_export.to_onnx import ONNX_FILE, ExportInfo, source_checkpoint
 
 Progress = Callable[[str, float], None]
 
@@ -380,25 +379,7 @@ def run_parity(
 
 
 def _load_reference(directory: Path, info: ExportInfo, checkpoint: str | Path | None) -> TinyLM:
-    from tinylm.checkpoint import resolve_checkpoint
-
-    path = directory / info.checkpoint if checkpoint is None else Path(checkpoint)
-    try:
-        path = resolve_checkpoint(path)
-    except CheckpointError as error:
-        if checkpoint is not None:
-            raise
-        raise CheckpointError(
-            f"{error} That is the checkpoint {directory} was exported from; if it was moved, give "
-            "it with --checkpoint."
-        ) from error
-    model = load_model(path)
-    digest = read_checksums(path, error=CheckpointError)[MODEL_FILE]
-    if digest != info.checkpoint_sha256:
-        raise ExportError(
-            f"{directory} was exported from weights with SHA-256 {info.checkpoint_sha256}, and "
-            f"{path} has {digest}. Export again, or give the right --checkpoint."
-        )
+    model = load_model(source_checkpoint(directory, info, checkpoint))
     model.set_activation(info.activation)  # type: ignore[arg-type]
     return model
 
@@ -417,28 +398,3 @@ def _yardstick(
             meter.add(part[mask], model(ids, mask)[mask])
             done += len(ids)
     return meter.result()
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return processor, threads and library versions."""
-    import onnx
-    import onnxruntime
-
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -67,6 +67,35 @@ class ExportInfo:
             ) from error
 
 
+def source_checkpoint(directory: Path, info: ExportInfo, given: str | Path | None = None) -> Path:
+    """Find the checkpoint that a directory was exported from.
+
+    Args:
+        directory: The exported directory.
+        info: Its ``export.json``.
+        given: Where the checkpoint is now, if it was moved.
+
+    Raises:
+        CheckpointError: It is not there.
+        ExportError: It holds other weights than those that were exported.
+    """
+    try:
+        source = resolve_checkpoint(directory / info.checkpoint if given is None else given)
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        raise CheckpointError(
+            f"{error} {directory} was exported from it; if it was moved, give it with --checkpoint."
+        ) from error
+    digest = read_checksums(source, error=CheckpointError)[MODEL_FILE]
+    if digest != info.checkpoint_sha256:
+        raise ExportError(
+            f"{directory} was exported from weights with SHA-256 {info.checkpoint_sha256}, found "
+            f"{digest} in {source}. Export it again, or give the right one with --checkpoint."
+        )
+    return source
+
+
 def export_onnx(
     checkpoint: str | Path,
     out: str | Path,

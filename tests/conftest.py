@@ -9,7 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from collections.abc import Iterator
 
 import pytest
-import torch
 from model_helpers import RaggedBatch, make_model, ragged_batch
 
 from tinylm import TinyLM, attention_backends
@@ -33,8 +32,6 @@ def fresh_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention_backends, "_WARNED", set())
     monkeypatch.setattr(attention_backends.DEFAULT_CHAIN, "failed", {})
     yield
-
-
 
 
 @pytest.fixture

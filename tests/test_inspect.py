@@ -97,9 +97,10 @@ def test_json_holds_everything(report: ModelReport) -> None:
 
 
 def test_table_shows_what_was_found(report: ModelReport) -> None:
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))
-    console.print(render(report))
-    text = console.export_text()
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(render(report))
+    text = captured.get()
     layer = report.layers[3]
     assert layer.name in text
     assert f"{layer.zero:.1%}" in text

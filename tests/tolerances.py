@@ -111,7 +111,7 @@ ONE_ROUNDING = Tolerance(
 HALF_PRODUCT = Tolerance(
     rtol=2**-10,
     atol=2**-20,
-    reason="ONNX Runtime's CPU multiplies float16 in float32 and leaves out the rounding before it: "
+    reason="ONNX Runtime multiplies float16 in float32 and leaves out the rounding before it: "
     "one step of float16, or half of its smallest number, 2**-25, times a factor of up to 32",
 )
 
