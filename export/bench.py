@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 
@@ -24,130 +23,17 @@ from tinylm.checkpoint import MODEL_FILE
 from tinylm.config import ModelConfig
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
+from tinylm_export.bench_report import BenchReport, BenchSettings, RuntimeResult, Spread, render
 from tinylm_export.bench_worker import RUNTIMES, WorkerSettings
 from tinylm_export.machine import describe_machine
 from tinylm_export.ort_session import import_onnxruntime
 from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+__all__ = ["BenchReport", "BenchSettings", "check_answers", "render", "run_bench"]
 
 WITH_PAST = "text-generation-with-past"
 _PROMPT_SEED = 0
 _STDERR_TAIL_CHARS = 2000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """What is timed.
-
-    Attributes:
-        batch_size: Rows.
-        prompt_len: Tokens of each prompt, read in one prefill step.
-        new_tokens: Decode steps after it, one token a row each.
-        repeats: Timed runs of each runtime.
-        warmup: Runs of each runtime that come before and are not counted.
-        num_threads: Threads within an op; None for each runtime's own choice.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    batch_size: int = 1
-    prompt_len: int = 64
-    new_tokens: int = 32
-    repeats: int = 5
-    warmup: int = 1
-    num_threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "prompt_len", "new_tokens", "repeats", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}.")
-        if self.warmup < 0:
-            raise ConfigError(f"warmup must be 0 or more, found {self.warmup}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Median and range of repeated measurements."""
-
-    median: float
-    minimum: float
-    maximum: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise measurements, at least one."""
-        return cls(median=statistics.median(values), minimum=min(values), maximum=max(values))
-
-    def __format__(self, spec: str) -> str:
-        """Format as the median, and the range in a second line."""
-        return f"{self.median:{spec}}\n{self.minimum:{spec}} .. {self.maximum:{spec}}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RuntimeResult:
-    """One runtime's measurements.
-
-    Attributes:
-        runtime: Its name.
-        load_seconds: From files to a model ready to run, checksums included.
-        prefill_ms: Time of the prefill step, in milliseconds.
-        prefill_tokens_per_s: Prompt tokens of all rows per second.
-        decode_ms_per_token: Time of one decode step, in milliseconds.
-        decode_tokens_per_s: New tokens of all rows per second.
-        rss_growth_bytes: Largest resident set, less the one before loading with the libraries in
-            memory already; mapped weights count once they are read. None where the system does
-            not say.
-        rss_held_bytes: The same for the resident set after the last run, without what only
-            loading needed.
-        peak_rss_bytes: Largest resident set, libraries included.
-        cache_bytes: The latent cache of the batch.
-        file_bytes: The files it loads weights and graph from.
-    """
-
-    runtime: str
-    load_seconds: float
-    prefill_ms: Spread
-    prefill_tokens_per_s: Spread
-    decode_ms_per_token: Spread
-    decode_tokens_per_s: Spread
-    rss_growth_bytes: int | None
-    rss_held_bytes: int | None
-    peak_rss_bytes: int | None
-    cache_bytes: int
-    file_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchReport:
-    """Every runtime's measurements, and what they were taken on.
-
-    Attributes:
-        directory: ONNX directory.
-        checkpoint: Checkpoint that PyTorch ran, if it did.
-        settings: What was timed.
-        machine: See :func:`tinylm_export.machine.describe_machine`.
-        results: In the order in which they ran.
-        left_out: Why a runtime was not measured, by its name.
-        tokens: The greedy tokens that all gave, [B, new_tokens + 1].
-    """
-
-    directory: str
-    checkpoint: str | None
-    settings: BenchSettings
-    machine: dict[str, Any]
-    results: tuple[RuntimeResult, ...]
-    left_out: dict[str, str]
-    tokens: list[list[int]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return an object that JSON can hold."""
-        values = dataclasses.asdict(self)
-        values["results"] = list(values["results"])
-        return values
 
 
 def run_bench(
@@ -348,8 +234,8 @@ def _result(
     new_tokens = settings.batch_size * settings.new_tokens
     prefill = [run["prefill_seconds"] for run in measured.times]
     decode = [run["decode_seconds"] for run in measured.times]
-    keys = ("baseline_bytes", "peak_bytes", "now_bytes")
-    baseline, peak, now = (measured.memory[key] for key in keys)
+    keys = ("baseline_bytes", "peak_bytes", "held_bytes")
+    baseline, peak, held = (measured.memory[key] for key in keys)
     return RuntimeResult(
         runtime=name,
         load_seconds=measured.load["load_seconds"],
@@ -358,7 +244,7 @@ def _result(
         decode_ms_per_token=Spread.of([1000 * s / settings.new_tokens for s in decode]),
         decode_tokens_per_s=Spread.of([new_tokens / seconds for seconds in decode]),
         rss_growth_bytes=None if baseline is None or peak is None else peak - baseline,
-        rss_held_bytes=None if baseline is None or now is None else now - baseline,
+        rss_held_bytes=None if baseline is None or held is None else held - baseline,
         peak_rss_bytes=peak,
         cache_bytes=cache_bytes,
         file_bytes=file_bytes,
@@ -437,46 +323,3 @@ class _WorkerProcess:
         if "error" in reply:
             raise ExportError(f"runtime {self._runtime!r}: {reply['error']}")
         return reply
-
-
-def render(report: BenchReport) -> RenderableType:
-    """Return the report as a rich table."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    settings, machine = report.settings, report.machine
-    table = Table(
-        title=f"batch {settings.batch_size}, prompt {settings.prompt_len}, "
-        f"{settings.new_tokens} new tokens, median and range of {settings.repeats} runs",
-        show_lines=True,
-    )
-    table.add_column("")
-    for result in report.results:
-        table.add_column(result.runtime, justify="right")
-    results = report.results
-    for label, cells in {
-        "prefill tokens/s": [f"{r.prefill_tokens_per_s:,.1f}" for r in results],
-        "prefill ms": [f"{r.prefill_ms:.2f}" for r in results],
-        "decode tokens/s": [f"{r.decode_tokens_per_s:,.1f}" for r in results],
-        "decode ms a token": [f"{r.decode_ms_per_token:.2f}" for r in results],
-        "load s": [f"{r.load_seconds:.2f}" for r in results],
-        "resident set growth": [_megabytes(r.rss_growth_bytes) for r in results],
-        "of it held at the end": [_megabytes(r.rss_held_bytes) for r in results],
-        "largest resident set": [_megabytes(r.peak_rss_bytes) for r in results],
-        "cache": [_megabytes(r.cache_bytes) for r in results],
-        "files": [_megabytes(r.file_bytes) for r in results],
-    }.items():
-        table.add_row(label, *cells)
-    threads = settings.num_threads or "the runtime's own choice of"
-    lines = [
-        f"{machine['cpu']}, {machine['usable_cores']} cores, {threads} threads; "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        *(["all give the same greedy tokens"] if len(results) > 1 else []),
-        *(f"left out {name}: {reason}" for name, reason in report.left_out.items()),
-    ]
-    return Group(table, *(Text(line) for line in lines))
-
-
-def _megabytes(num_bytes: int | None) -> str:
-    return "not known" if num_bytes is None else f"{num_bytes / 1e6:.2f} MB"

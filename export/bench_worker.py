@@ -6,7 +6,7 @@ workspace and cache. Requests come by stdin and replies go to stdout, one JSON o
     {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., ...}
     {"do": "answer"} -> {"tokens": [steps][batch], "margins": [steps][batch]}
     {"do": "time"}   -> {"prefill_seconds": ..., "decode_seconds": ...}
-    {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ..., "now_bytes": ...}
+    {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ..., "held_bytes": ...}
 
 A reply of ``{"error": ...}`` says what went wrong.
 """
@@ -14,6 +14,7 @@ A reply of ``{"error": ...}`` says what went wrong.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -138,11 +139,13 @@ class Worker:
         return {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled}
 
     def memory(self) -> dict[str, Any]:
-        """Return the resident set before loading, the largest since, and the present one."""
+        """Return the resident set before loading, the largest since, and what is still in use."""
+        peak = peak_resident_bytes()
+        return_freed_memory()
         return {
             "baseline_bytes": self._baseline,
-            "peak_bytes": peak_resident_bytes(),
-            "now_bytes": resident_bytes(),
+            "peak_bytes": peak,
+            "held_bytes": resident_bytes(),
         }
 
     def _steps(self) -> Any:
@@ -187,6 +190,12 @@ def reset_peak() -> None:
     """Forget what importing the libraries took for a moment, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, which glibc otherwise keeps for later."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(key: str) -> int | None:

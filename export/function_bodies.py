@@ -57,21 +57,19 @@ _QUANTIZE_FP8 = """
     quantized = Cast <to = 1> (rounded)
 """
 
-_UNPACK = """
-    shifts = Constant <value = uint8[4] {{0, 2, 4, 6}}> ()
-    low_bits = Constant <value = uint8 {{3}}> ()
-    one_int = Constant <value = int32 {{1}}> ()
+# The four codes of each byte. A table rather than shifts and masks: ONNX Runtime computes the codes
+# when it loads the model, and holds every step of that at once.
+_CODES_OF_BYTE = ", ".join(str((byte >> s & 3) - 1) for byte in range(256) for s in (0, 2, 4, 6))
+
+_UNPACK = f"""
+    codes_of_byte = Constant <value = int8[256, 4] {{{{{_CODES_OF_BYTE}}}}}> ()
     rows_by_rest = Constant <value_ints = [0, -1]> ()
-    bytes = Unsqueeze ({weight}, last_axis)
-    shifted = BitShift <direction = "RIGHT"> (bytes, shifts)
-    lanes = BitwiseAnd (shifted, low_bits)
-    lanes_flat = Reshape (lanes, rows_by_rest)
-    lanes_int = Cast <to = 6> (lanes_flat)
-    codes_int = Sub (lanes_int, one_int)
+    bytes = Cast <to = 6> ({{weight}})
+    code_groups = Gather (codes_of_byte, bytes)
+    codes = Reshape (code_groups, rows_by_rest)
 """
 
 _BIT_LINEAR_INT8 = """
-    codes = Cast <to = 3> (codes_int)
     codes_t = Transpose <perm = [1, 0]> (codes)
     accumulator = MatMulInteger (quantized, codes_t)
     accumulator_float = Cast <to = 1> (accumulator)
@@ -79,8 +77,8 @@ _BIT_LINEAR_INT8 = """
 
 # The two sums are exact in float32, see tinylm.quantization.accumulate.
 _BIT_LINEAR_FP8 = """
-    codes = Cast <to = 1> (codes_int)
-    codes_t = Transpose <perm = [1, 0]> (codes)
+    codes_int8_t = Transpose <perm = [1, 0]> (codes)
+    codes_t = Cast <to = 1> (codes_int8_t)
     whole = Round (quantized)
     rest = Sub (quantized, whole)
     whole_sum = MatMul (whole, codes_t)
@@ -253,9 +251,8 @@ _MLA_READ = """
     softmax_scale = Cast <to = 11> (softmax_scale_float)
     kv_b_scale_wide = Cast <to = 11> (kv_b_scale)
     kv_b_sizes = Concat <axis = 0> (nope_1, value_1)
-    codes = Cast <to = 3> (codes_int)
     codes_t = Transpose <perm = [1, 0]> (codes)
-    codes_wide = Cast <to = 11> (codes_int)
+    codes_wide = Cast <to = 11> (codes)
     kv_b_scale_column = Unsqueeze (kv_b_scale_wide, last_axis)
     w_rows = Mul (codes_wide, kv_b_scale_column)
     w_shape = Concat <axis = 0> (heads_1, last_axis, rank_1)

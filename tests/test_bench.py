@@ -14,14 +14,8 @@ from tinylm import TinyLM
 from tinylm.directory import SUMS_FILE, write_checksums
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
-from tinylm_export.bench import (
-    BenchReport,
-    BenchSettings,
-    Spread,
-    check_answers,
-    render,
-    run_bench,
-)
+from tinylm_export.bench import check_answers, run_bench
+from tinylm_export.bench_report import BenchReport, BenchSettings, Spread, render
 from tinylm_export.bench_worker import RUNTIMES
 from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE, export_onnx
 

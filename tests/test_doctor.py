@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tinylm_export.doctor import (
-    Check,
-    DoctorReport,
-    attempt,
+from tinylm_export.doctor import DoctorReport, attempt, render, run_doctor
+from tinylm_export.doctor_check import Check
+from tinylm_export.doctor_native import (
     check_cpp_compiler,
-    check_default_tokenizer,
     check_flash_attn,
-    check_llama2_tokenizer,
     check_nvcc,
+    check_tensorrt,
+)
+from tinylm_export.doctor_python import (
+    check_default_tokenizer,
+    check_llama2_tokenizer,
     check_onnxruntime_package,
     check_onnxruntime_runs,
     check_python,
     check_requirements,
-    check_tensorrt,
-    render,
-    run_doctor,
 )
 
 

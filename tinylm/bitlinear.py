@@ -13,7 +13,6 @@ from tinylm.config import Activation
 from tinylm.packing import check_packed, pack, unpack
 from tinylm.quantization import (
     accumulate,
-    dequantize,
     quantize_activation,
     storage_dtype,
     ternarize,
@@ -31,9 +30,12 @@ def _output_dtype(x: Tensor) -> torch.dtype:
 
 
 def _dequantize_to(accumulator: Tensor, scale: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale the sums in float32, or in float64 where that is wanted, and round once to dtype."""
+    """Scale the sums in float32, or in float64 where that is wanted, and round once to dtype.
+
+    As :func:`tinylm.quantization.dequantize`, in the memory of the sums.
+    """
     inner = torch.promote_types(dtype, torch.float32)
-    return dequantize(accumulator.to(inner), scale, s).to(dtype)
+    return accumulator.to(inner).mul_(scale).div_(s).to(dtype)
 
 
 class _TernaryLinear(torch.autograd.Function):
