@@ -32,8 +32,3 @@ def fresh_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention_backends, "_WARNED", set())
     monkeypatch.setattr(attention_backends.DEFAULT_CHAIN, "failed", {})
     yield
-
-
-@pytest.fixture
-def one_thread() -> None:
-    """Threads are limited above."""

@@ -28,9 +28,10 @@ def make_model(seed: int = 0, **changes: Any) -> TinyLM:
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif "embed_tokens" in name or "lm_head" in name:
-                parameter.mul_(20.0)
+                parameter.normal_(std=0.4, generator=generator)
             else:
-                parameter.mul_(torch.empty(()).uniform_(4.0, 12.0, generator=generator))
+                std = float(torch.empty(()).uniform_(0.08, 0.24, generator=generator))
+                parameter.normal_(std=std, generator=generator)
     return model
 
 

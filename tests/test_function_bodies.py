@@ -22,8 +22,6 @@ ACTIVATIONS = pytest.mark.parametrize("activation", ["int8", "fp8_e4m3"])
 CASES = pytest.mark.parametrize("case", MLA_CASES.values(), ids=MLA_CASES.keys())
 CACHE = ("latent", "scale", "rope")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run_both(op: str, tensors: dict[str, Tensor], **attributes: object) -> None:
     """Run an op in PyTorch and in ONNX Runtime; the cache must be the same bit for bit."""

@@ -16,8 +16,6 @@ from tinylm.generate import TorchSession, stream
 from tinylm.latent_cache import LatentCache
 from tinylm_export.ort_session import OrtSession, make_inference_session
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Pair(NamedTuple):
     model: TinyLM

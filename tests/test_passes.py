@@ -19,8 +19,6 @@ from tinylm_export.model_graph import build_onnx
 from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.mark_outputs import mark_outputs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def feeds(model: TinyLM, batch: RaggedBatch, capacity: int = 24) -> dict[str, Tensor]:
     config, rows = model.config, len(batch.lens)

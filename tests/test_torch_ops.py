@@ -21,7 +21,6 @@ from tinylm.norm import RMSNorm
 from tinylm_export.ops import DOMAIN, OPSET
 from tinylm_export.torch_ops import add_function_bodies, onnx_translation_table
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = torch.ops.tinylm
 CASES = pytest.mark.parametrize("case", MLA_CASES.values(), ids=MLA_CASES.keys())
 

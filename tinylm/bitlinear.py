@@ -101,6 +101,8 @@ class BitLinear(nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        # Of the ternary codes only the scale depends on this; but the optimiser's steps are as long
+        # as the learning rate says, and against smaller weights they would flip codes too often.
         nn.init.normal_(self.weight, std=in_features**-0.5)
         # What weight_codes() keeps: the weight, its version and the dtype, then codes and scale.
         self._codes: tuple[weakref.ref[Tensor], Any, Tensor, Tensor] | None = None

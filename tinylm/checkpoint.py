@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinylm.config import ModelConfig
 from tinylm.directory import check_sums, write_checksums, written_whole
@@ -59,7 +60,8 @@ def save_model(
             was there before is intact and the temporary directory is gone.
     """
     directory = Path(directory)
-    with written_whole(directory, marker=MODEL_FILE, error=CheckpointError) as temporary:
+    hint = "Training goes on with --resume."
+    with written_whole(directory, marker=MODEL_FILE, error=CheckpointError, hint=hint) as temporary:
         _save_tensors(temporary / MODEL_FILE, unique_tensors(model))
         model.config.save(temporary / CONFIG_FILE)
         if tokenizer is not None:
@@ -236,6 +238,18 @@ def load_config(directory: Path) -> ModelConfig:
         raise CheckpointError(f"{error} {other_checkpoints(directory)}") from error
 
 
+class _SkipInit(TorchFunctionMode):
+    """Leaves weights as they are: on the meta device torch.nn.init would import its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_model(directory: str | Path, *, verify: bool = True) -> TinyLM:
     """Load a model for use, in evaluation mode, with its weights mapped from the file.
 
@@ -251,7 +265,7 @@ def load_model(directory: str | Path, *, verify: bool = True) -> TinyLM:
         raise CheckpointError(f"{directory}: expected a checkpoint directory, found none.")
     if verify:
         check_intact(directory)
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         model = TinyLM.from_config(load_config(directory))
     weights = _read_weights(directory, model)
     parameters = {

@@ -87,7 +87,8 @@ class ModelConfig:
         norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Whether the head shares the embedding's weight.
         activation: Number format of BitLinear activations. The latent is int8 in either case.
-        initializer_range: Standard deviation of the initial weights.
+        initializer_range: Standard deviation of the initial embedding (and head). Default:
+            ``hidden_size ** -0.5``, which gives initial logits a variance of 1.
         bos_token_id: First token of a document, if the tokenizer has one.
         eos_token_id: Token that ends a document.
         pad_token_id: Token that fills short rows.
@@ -111,7 +112,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     activation: Activation = "int8"
-    initializer_range: float = 0.02
+    initializer_range: float = None  # type: ignore[assignment]
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -135,6 +136,7 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
 
         default("intermediate_size", _round_up(self.hidden_size * 8 // 3, 256))
+        default("initializer_range", self.hidden_size**-0.5)
         default("latent_rank", _round_up(self.hidden_size // 4, PACK_LANES))
         if None in (self.nope_dim, self.rope_dim, self.value_dim):
             if self.hidden_size % self.num_heads:
@@ -283,7 +285,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tinylm-demo": ModelConfig(
         vocab_size=4096,
         hidden_size=256,
-        num_layers=6,
+        num_layers=4,
         num_heads=4,
         intermediate_size=704,
         latent_rank=64,

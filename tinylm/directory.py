@@ -16,13 +16,16 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @contextlib.contextmanager
-def written_whole(directory: Path, *, marker: str, error: type[TinyLMError]) -> Iterator[Path]:
+def written_whole(
+    directory: Path, *, marker: str, error: type[TinyLMError], hint: str = ""
+) -> Iterator[Path]:
     """Give a temporary directory that becomes ``directory`` if the block succeeds.
 
     Args:
         directory: The final name. One that exists is replaced if it is empty or holds ``marker``.
         marker: Name of the file that tells an earlier directory of this kind.
         error: What to raise.
+        hint: How to go on after a failure to write, for the message.
 
     Raises:
         TinyLMError: As ``error``: the directory holds something else, or can't be written (disk
@@ -57,7 +60,7 @@ def written_whole(directory: Path, *, marker: str, error: type[TinyLMError]) -> 
         raise error(
             f"{directory}: can't be written: {failure}. {_free_space(directory)} The unfinished "
             "files were removed and what was there before is intact. Make room or choose another "
-            "disk, then run again."
+            f"disk, then run again. {hint}"
         ) from failure
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

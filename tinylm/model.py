@@ -119,7 +119,7 @@ class TinyLM(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (BitLinear, nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)):  # BitLinear has its own
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod

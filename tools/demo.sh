@@ -21,8 +21,8 @@ run tinylm tokenizer train --file "$demo/data/train.jsonl" --out "$demo/tokenize
 say "Train a ternary model (some minutes)"
 run tinylm train --preset tinylm-demo --tokenizer "$demo/tokenizer" \
     --train-file "$demo/data/train.jsonl" --val-file "$demo/data/val.jsonl" --out "$demo/run" \
-    --max-steps 400 --batch-size 8 --schedule two-stage --lr 4e-3 --warmup-steps 40 \
-    --eval-every 100 --save-every 200 --log-every 10 --sample-prompt "$prompt"
+    --max-steps 500 --batch-size 8 --schedule linear --lr 4e-3 --min-lr-ratio 0 --warmup-steps 50 \
+    --eval-every 100 --save-every 250 --log-every 25 --sample-prompt "$prompt"
 run tinylm eval "$demo/run" --file "$demo/data/val.jsonl" --json "$demo/eval.json"
 
 say "Export to ONNX and compare PyTorch with ONNX Runtime"
