@@ -12,7 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tinylm.cli_shared import EXIT_NO, run_app, stream_prompt, write_json
+from tinylm.cli_shared import (
+    EXIT_NO,
+    Json,
+    MaxNewTokens,
+    Prompt,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    run_app,
+    stream_prompt,
+    write_json,
+)
 from tinylm.errors import DataError
 
 DEFAULT_PARITY_TOKENS = 4096
@@ -46,7 +58,6 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="The checkpoint it was exported from, if it was moved."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 
 
 @app.command(epilog="Example: tinylm-export onnx run --out onnx --parity")
@@ -219,21 +230,12 @@ def _validation_file(checkpoint: Path) -> Path:
 @app.command(epilog='Example: tinylm-export generate onnx --prompt "The function returns"')
 def generate(
     directory: Directory,
-    prompt: Annotated[str, typer.Option("--prompt", help="Start of the text.")],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0 takes the most probable token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Sample from the k most probable tokens; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option("--top-p", help="Sample from the fewest tokens with this probability."),
-    ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same text.")] = 0,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from tinylm.bitlinear import BitLinear
 from tinylm.checkpoint import load_model
 from tinylm.errors import DataError
-from tinylm.generate import Session
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
+from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.machine import describe_machine
 from tinylm_export.op_probe import (
     BitLinearProbe,
@@ -26,7 +26,6 @@ from tinylm_export.op_probe import (
     norm_path,
     read_weights,
 )
-from tinylm_export.ort_session import OrtSession, make_inference_session
 from tinylm_export.parity_reference import bit_linear_names, run_reference
 from tinylm_export.parity_report import (
     BitLinearAgreement,
@@ -35,71 +34,10 @@ from tinylm_export.parity_report import (
     ParityReport,
     RuntimeReport,
 )
-from tinylm_export.passes.all_logits import expose_all_logits
-from tinylm_export.passes.mark_outputs import mark_outputs
+from tinylm_export.parity_runtime import OrtRuntime, ParityRuntime
 from tinylm_export.to_onnx import ONNX_FILE, ExportInfo, source_checkpoint
 
 Progress = Callable[[str, float], None]
-
-
-class ParityRuntime(Protocol):
-    """A runtime that can be compared."""
-
-    name: str
-    version: str
-    kernels: str
-
-    @property
-    def session(self) -> Session:
-        """Cached steps."""
-
-    def prefill(self, input_ids: Tensor, seq_lens: Tensor, nodes: list[str]) -> dict[str, Tensor]:
-        """Run a right-padded batch and return ``logits`` [B, S, V] and the nodes' [B, S, width]."""
-
-
-class OrtRuntime:
-    """ONNX Runtime over an exported directory.
-
-    Args:
-        directory: What ``tinylm-export onnx`` wrote.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        import onnxruntime
-
-        self.name, self.version = "ONNX Runtime", onnxruntime.__version__
-        self.kernels = "function bodies in standard ops"
-        self.session = OrtSession(directory)
-        self._directory = directory
-        self._inner: Any = None
-        self._value_names: dict[str, str] = {}
-
-    def prefill(self, input_ids: Tensor, seq_lens: Tensor, nodes: list[str]) -> dict[str, Tensor]:
-        """Run a right-padded batch from an empty cache, with the nodes' outputs beside it."""
-        if self._inner is None:
-            model = expose_all_logits(ir.load(self._directory / ONNX_FILE))
-            self._value_names = mark_outputs(model, nodes)
-            data = ir.to_proto(model).SerializeToString()
-            self._inner = make_inference_session(data, data_folder=self._directory)
-        config = self.session.config
-        batch, length = input_ids.shape
-        feeds: dict[str, Any] = {"input_ids": input_ids.numpy()}
-        if self.session.info.task == "text-generation":
-            mask = torch.arange(length) < seq_lens[:, None]
-            feeds["attention_mask"] = mask.long().numpy()
-        else:
-            feeds["past_lens"] = torch.zeros(batch, dtype=torch.int32).numpy()
-            feeds["seq_lens"] = seq_lens.int().numpy()
-            shapes = {
-                "latent": torch.zeros(batch, length, config.latent_rank, dtype=torch.int8),
-                "scale": torch.ones(batch, length),
-                "rope": torch.zeros(batch, length, config.rope_dim),
-            }
-            for i in range(config.num_layers):
-                feeds |= {f"past.{i}.{part}": t.numpy() for part, t in shapes.items()}
-        names = ["logits", *(self._value_names[node] for node in nodes)]
-        results = self._inner.run(names, feeds)
-        return dict(zip(["logits", *nodes], map(torch.from_numpy, results), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,41 +90,6 @@ def make_batch(tokens: Tensor, length: int, num_tokens: int) -> ParityBatch:
     )
 
 
-class _LogitMeter:
-    """Adds up the agreement of logits."""
-
-    def __init__(self, phase: str) -> None:
-        self.phase = phase
-        self.count = 0
-        self.top1 = 0
-        self.max_abs = self.sum_abs = self.sum_kl = self.max_kl = 0.0
-
-    def add(self, reference: Tensor, found: Tensor) -> None:
-        """Compare logits [M, V]."""
-        difference = (found.double() - reference.double()).abs()
-        log_p, log_q = (x.double().log_softmax(dim=-1) for x in (reference, found))
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-        self.count += len(reference)
-        self.top1 += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
-        # max() of Python would lose a NaN that comes second.
-        self.max_abs = float(torch.tensor(self.max_abs).maximum(difference.max()))
-        self.max_kl = float(torch.tensor(self.max_kl).maximum(kl.max()))
-        self.sum_abs += float(difference.mean(dim=-1).sum())
-        self.sum_kl += float(kl.sum())
-
-    def result(self) -> LogitAgreement:
-        """Return the figures."""
-        return LogitAgreement(
-            phase=self.phase,
-            num_tokens=self.count,
-            max_abs=self.max_abs,
-            mean_abs=self.sum_abs / self.count,
-            mean_kl=max(self.sum_kl / self.count, 0.0),
-            max_kl=self.max_kl,
-            top1_agreement=self.top1 / self.count,
-        )
-
-
 def _row_batches(batch: ParityBatch, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(batch.seq_lens), rows):
         lens = batch.seq_lens[start : start + rows]
@@ -209,7 +112,7 @@ def compare_prefill(
     names = bit_linear_names(model)
     probes = {name: _probe(model, graph, name) for name in names}
     codes = {name: _bit_linear(model, name).weight_codes(torch.float32)[0] for name in names}
-    meter = _LogitMeter("prefill")
+    meter = LogitMeter("prefill")
     linears: dict[str, list[BitLinearAgreement]] = {name: [] for name in names}
     layers: dict[str, list[LayerDifference]] = {}
     logits = torch.zeros(*batch.input_ids.shape, model.config.vocab_size)
@@ -290,7 +193,7 @@ def compare_decode(
         reference: PyTorch's logits [B, S, V].
         progress: Told how far it is.
     """
-    meter = _LogitMeter("decode")
+    meter = LogitMeter("decode")
     rows = torch.arange(len(batch.seq_lens))
     session, position = runtime.session, torch.zeros_like(batch.seq_lens)
     session.start(len(rows), int(batch.seq_lens.max()))
@@ -389,7 +292,7 @@ def _yardstick(
     model: TinyLM, batch: ParityBatch, rows_at_once: int, reference: Tensor
 ) -> LogitAgreement:
     """Compare PyTorch's ordinary float32 arithmetic with its own wide one."""
-    meter = _LogitMeter("prefill")
+    meter = LogitMeter("prefill")
     done = 0
     with ordinary_float32():
         for ids, lens in _row_batches(batch, rows_at_once):

@@ -2,13 +2,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from cli_helpers import Cli, command_line
 from training_helpers import VOCAB_SIZE, inputs, losses, trainer, write_jsonl
 
 from tinylm import TinyLM
@@ -20,24 +20,11 @@ from tinylm.tokenizer import load_tokenizer
 from tinylm.training_config import SECTIONS
 
 COMMANDS = (["train"], ["eval"], ["generate"], ["tokenizer", "train"], ["data", "sample"])
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return command_line(main, capsys)
 
 
 @pytest.fixture(scope="module")

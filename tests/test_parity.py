@@ -14,8 +14,9 @@ from model_helpers import make_model
 from tinylm.checkpoint import save_model
 from tinylm.directory import write_checksums
 from tinylm.errors import CheckpointError, DataError, ExportError
+from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.op_probe import _step_index
-from tinylm_export.parity import _LogitMeter, make_batch, run_parity
+from tinylm_export.parity import make_batch, run_parity
 from tinylm_export.parity_render import plot, render
 from tinylm_export.parity_report import BitLinearAgreement, ParityReport
 from tinylm_export.to_onnx import export_onnx
@@ -178,7 +179,7 @@ def test_rows_are_ragged_and_cover_the_tokens_in_order() -> None:
 def test_logit_meter_against_formulas() -> None:
     rng = np.random.default_rng(0)
     p, q = rng.normal(size=(5, 7)), rng.normal(size=(5, 7))
-    meter = _LogitMeter("prefill")
+    meter = LogitMeter("prefill")
     meter.add(torch.from_numpy(p[:2]), torch.from_numpy(q[:2]))
     meter.add(torch.from_numpy(p[2:]), torch.from_numpy(q[2:]))
     result = meter.result()
@@ -194,7 +195,7 @@ def test_logit_meter_against_formulas() -> None:
 @pytest.mark.parametrize("nan_first", [True, False])
 def test_a_nan_logit_never_passes(nan_first: bool) -> None:
     good, bad = torch.zeros(1, 4), torch.tensor([[0.0, math.nan, 0.0, 0.0]])
-    meter = _LogitMeter("decode")
+    meter = LogitMeter("decode")
     for found in (bad, good) if nan_first else (good, bad):
         meter.add(torch.zeros(1, 4), found)
     assert not meter.result().passed

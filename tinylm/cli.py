@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinylm import cli_train
-from tinylm.cli_shared import run_app, stream_prompt, write_json
+from tinylm.cli_shared import (
+    Json,
+    MaxNewTokens,
+    Prompt,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    run_app,
+    stream_prompt,
+    write_json,
+)
 from tinylm.tokenizer import DEFAULT_VOCAB_SIZE
 from tinylm.training_config import PRECISIONS
 
@@ -37,7 +48,6 @@ app.add_typer(data_app, name="data")
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a training run's --out directory.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 Precision = Annotated[str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}.")]
 SkipBadLines = Annotated[
@@ -142,21 +152,12 @@ def _print_evaluation(values: dict[str, Any]) -> None:
 @app.command(epilog='Example: tinylm generate run --prompt "The function returns"')
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option("--prompt", help="Start of the text.")],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0 takes the most probable token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Sample from the k most probable tokens; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option("--top-p", help="Sample from the fewest tokens with this probability."),
-    ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same text.")] = 0,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = None,

@@ -7,18 +7,33 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from tinylm.errors import ConfigError, TinyLMError
 
 if TYPE_CHECKING:
     import torch
-    import typer
 
     from tinylm.generate import SamplingConfig, Session
 
 EXIT_NO = 1
 EXIT_USAGE = 2
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Prompt = Annotated[str, typer.Option("--prompt", help="Start of the text.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the most probable token.")
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", help="Sample from the k most probable tokens; 0: all.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample from the fewest tokens with this probability.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same text.")]
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:

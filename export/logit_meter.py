@@ -1,0 +1,47 @@
+"""How far two sets of logits are from each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinylm_export.parity_report import LogitAgreement
+
+
+class LogitMeter:
+    """Adds up how a phase's logits agree with PyTorch's.
+
+    Args:
+        phase: ``"prefill"`` or ``"decode"``.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+        self.count = 0
+        self.top1 = 0
+        self.max_abs = self.sum_abs = self.sum_kl = self.max_kl = 0.0
+
+    def add(self, reference: Tensor, found: Tensor) -> None:
+        """Compare logits [M, V]."""
+        difference = (found.double() - reference.double()).abs()
+        log_p, log_q = (x.double().log_softmax(dim=-1) for x in (reference, found))
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        self.count += len(reference)
+        self.top1 += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+        # max() of Python would lose a NaN that comes second.
+        self.max_abs = float(torch.tensor(self.max_abs).maximum(difference.max()))
+        self.max_kl = float(torch.tensor(self.max_kl).maximum(kl.max()))
+        self.sum_abs += float(difference.mean(dim=-1).sum())
+        self.sum_kl += float(kl.sum())
+
+    def result(self) -> LogitAgreement:
+        """Return the figures."""
+        return LogitAgreement(
+            phase=self.phase,
+            num_tokens=self.count,
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / self.count,
+            mean_kl=max(self.sum_kl / self.count, 0.0),
+            max_kl=self.max_kl,
+            top1_agreement=self.top1 / self.count,
+        )
