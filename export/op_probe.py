@@ -94,7 +94,10 @@ class BitLinearProbe:
 
     def __init__(self, weights: BitLinearWeights) -> None:
         self.weights = weights
-        self._session = make_inference_session(_probe_model(weights).SerializeToString())
+        # One thread: there are many probes, and the idle threads of each would wait busily.
+        self._session = make_inference_session(
+            _probe_model(weights).SerializeToString(), num_threads=1
+        )
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run on x, float32 [M, K]: quantised activations [M, K] and exact sums [M, N]."""

@@ -38,6 +38,8 @@ from tinylm_export.parity_runtime import OrtRuntime, ParityRuntime
 from tinylm_export.to_onnx import ONNX_FILE, ExportInfo, source_checkpoint
 
 Progress = Callable[[str, float], None]
+# Every inner value of a batch is held twice, PyTorch's and the runtime's.
+_TOKENS_AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +254,7 @@ def run_parity(
     length = min(length or 256, model.config.max_seq_len)
     batch = make_batch(tokens, length, num_tokens)
     graph = ir.load(directory / ONNX_FILE)
-    rows_at_once = max(1, 1024 // length)
+    rows_at_once = max(1, _TOKENS_AT_ONCE // length)
     runtimes = []
     for runtime in (OrtRuntime(directory),):
         prefill, linears, layers, logits = compare_prefill(
