@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tinylm_export.parity_report import LogitAgreement
 
-
 _POSITIONS_AT_ONCE = 64
 
 
