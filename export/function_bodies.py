@@ -132,6 +132,7 @@ _MLA_SIZES = """
     positions = Add (past_column, steps_range)
 """
 
+# cos(x) = 1 - 2 sin(x/2)^2, because older ONNX Runtimes have no Cos for doubles.
 _MLA_ROTATE = """
     theta_float = Constant <value_float: float = @theta> ()
     theta_wide = Cast <to = 11> (theta_float)
@@ -146,7 +147,13 @@ _MLA_ROTATE = """
     positions_3d = Unsqueeze (positions_float, last_axis)
     angles_float = Mul (positions_3d, frequencies)
     angles = Cast <to = 11> (angles_float)
-    cos_wide = Cos (angles)
+    half = Constant <value = double {0.5}> ()
+    half_angles = Mul (angles, half)
+    half_sin = Sin (half_angles)
+    half_sin_square = Mul (half_sin, half_sin)
+    half_sin_square_twice = Add (half_sin_square, half_sin_square)
+    one_wide = Constant <value = double {1}> ()
+    cos_wide = Sub (one_wide, half_sin_square_twice)
     sin_wide = Sin (angles)
     cos_float = Cast <to = 1> (cos_wide)
     sin_float = Cast <to = 1> (sin_wide)

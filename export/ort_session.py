@@ -61,7 +61,13 @@ def make_inference_session(
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(data_folder))
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            # Up to 1.23 it fuses float64 products into an op that knows only float32.
+            disabled_optimizers=["MatmulTransposeFusion"],
+        )
     except Exception as error:  # pybind exceptions of onnxruntime share no public base class
         name = model if isinstance(model, (str, os.PathLike)) else "the model"
         raise ExportError(
