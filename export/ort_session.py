@@ -102,6 +102,8 @@ class OrtSession:
         self.config = ModelConfig.load(self.directory / "config.json")
         self.session = make_inference_session(self.directory / ONNX_FILE, num_threads=num_threads)
         self._binding: onnxruntime.IOBinding | None = None
+        # A binding borrows memory; these own it.
+        self._buffers: list[onnxruntime.OrtValue] = []
         self._past_lens = torch.zeros(0, dtype=torch.int64)
         self._capacity = 0
 
@@ -123,6 +125,7 @@ class OrtSession:
         self._past_lens = torch.zeros(batch_size, dtype=torch.int64)
         self._capacity = capacity
         self._binding = binding = self.session.io_binding()
+        self._buffers = []
         for layer in range(config.num_layers):
             arrays = (
                 np.zeros((*shape, config.latent_rank), np.int8),
@@ -131,6 +134,7 @@ class OrtSession:
             )
             for part, array in zip(CACHE_PARTS, arrays, strict=True):
                 buffer = ort.OrtValue.ortvalue_from_numpy(array)
+                self._buffers.append(buffer)
                 binding.bind_ortvalue_input(f"past.{layer}.{part}", buffer)
                 binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
 
@@ -160,9 +164,13 @@ class OrtSession:
                 "with a larger capacity or give fewer tokens."
             )
         binding = self._binding
-        binding.bind_cpu_input("input_ids", input_ids.contiguous().numpy())
-        binding.bind_cpu_input("past_lens", self._past_lens.to(torch.int32).numpy())
-        binding.bind_cpu_input("seq_lens", seq_lens.to(torch.int32).numpy())
+        inputs = {
+            "input_ids": input_ids.contiguous().numpy(),
+            "past_lens": self._past_lens.to(torch.int32).numpy(),
+            "seq_lens": seq_lens.to(torch.int32).numpy(),
+        }
+        for name, array in inputs.items():  # kept alive until the run is done
+            binding.bind_cpu_input(name, array)
         binding.bind_output("logits")
         self.session.run_with_iobinding(binding)
         self._past_lens = self._past_lens + seq_lens
