@@ -4,6 +4,7 @@
 #include "attend.inc.h"
 #include "decode.inc.h"
 #include "rows.inc.h"
+#include "wide.inc.h"
 
 #if defined(__AMX_INT8__)
 #include "dot_amx.inc.h"
@@ -20,7 +21,8 @@ namespace tinylm::cpu {
 const KernelTable& TINYLM_FAMILY_TABLE() {
   static const KernelTable table = {
       dot_ternary, dot_int8,  quantize_int8, quantize_fp8, finish_fp8,
-      swiglu,      widen_all, narrow_all,    attend,       decode,
+      swiglu,      widen_all, narrow_all,    largest_magnitude,
+      to_digits,   from_digits, attend,      decode,
   };
   return table;
 }

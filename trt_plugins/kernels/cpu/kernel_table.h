@@ -104,6 +104,9 @@ inline constexpr std::int64_t kDecodeRun = 128;
 /// Tokens whose latents are converted at a time.
 inline constexpr std::int64_t kDecodeTokens = 16;
 
+/// Digits of a float64 number in fixed point, see wide_linear.h.
+inline constexpr int kWideDigits = 7;
+
 /// The functions of one family.
 struct KernelTable {
   /// Packed 2-bit weights times int8 activations.
@@ -123,6 +126,14 @@ struct KernelTable {
   /// Conversions between `type` and float64.
   void (*widen)(const void* x, FloatType type, double* y, std::int64_t count);
   void (*narrow)(const double* x, FloatType type, void* y, std::int64_t count);
+  double (*largest_magnitude)(const double* x, std::int64_t count);
+  /// Digits to base 128 of round(x * unit), |x * unit| < 2**47: digit d of x[i] goes to
+  /// digits[d * stride + i], zeros up to the next multiple of 8; their sums to sums[d].
+  void (*to_digits)(const double* x, std::int64_t count, double unit, std::int8_t* digits,
+                    std::int64_t stride, std::int32_t* sums);
+  /// out[i] = unit * sum over d of 128**d * sums[d * stride + i]. Reads up to 7 sums past count.
+  void (*from_digits)(const std::int32_t* sums, std::int64_t stride, std::int64_t count,
+                      double unit, double* out);
   void (*attend)(const AttendTile&);
   void (*decode)(const DecodeRun&);
 };
