@@ -13,6 +13,15 @@
 
 namespace tinylm::cpu {
 
+/// Fixed point numbers for a vector.
+struct FixedPoint {
+  double steps;  ///< steps of a unit: x * steps is below 2**47
+  double unit;   ///< 1 / steps
+};
+
+/// The fixed point for vectors whose largest magnitude is this; any for 0 and what is not finite.
+FixedPoint fixed_point(double largest);
+
 /// Scratch that wide_linear() needs.
 struct WideScratch {
   std::int8_t* digits = nullptr;   ///< [32, k_pad + 64]
