@@ -74,53 +74,74 @@ TINYLM_INLINE void to_digits_64(const double* x, double unit, int8_t* out, int64
   }
 }
 
-/// Products of 16 tokens and 16 heads: seven tiles of sums. A rank of 256 keeps the tokens' tiles
-/// in registers.
-TINYLM_INLINE void multiply_tokens(const int8_t* a, int64_t rank, const int8_t* b, int32_t* sums) {
-  const int64_t num_inputs = rank / kTileInputs;
-  if (num_inputs == 4) {
-    _tile_loadd(4, a, rank);
-    _tile_loadd(5, a + 64, rank);
-    _tile_loadd(6, a + 128, rank);
-    _tile_loadd(7, a + 192, rank);
-    for (int64_t d = 0; d < kWideDigits; ++d) {
-      const int8_t* digit = b + 4 * d * kTileBytes;
-      _tile_zero(0);
-      _tile_loadd(2, digit, 64);
-      _tile_dpbssd(0, 4, 2);
-      _tile_loadd(3, digit + kTileBytes, 64);
-      _tile_dpbssd(0, 5, 3);
-      _tile_loadd(2, digit + 2 * kTileBytes, 64);
-      _tile_dpbssd(0, 6, 2);
-      _tile_loadd(3, digit + 3 * kTileBytes, 64);
-      _tile_dpbssd(0, 7, 3);
-      _tile_stored(0, sums + d * 256, 64);
-    }
-    return;
+/// Seven sums of products, one a digit, in tiles of 16 x 16: four digits at a time, because a tile
+/// takes three times as long to come out of the multiplier as to go in.
+/// @param left(d, k) and right(d, k) load tiles 4 and 5 and say nothing.
+template <typename Left, typename Right>
+TINYLM_INLINE void multiply_digits(int64_t depth, const Left& left, const Right& right,
+                                   int32_t* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; ++k) {
+    left(0, k);
+    right(0, k);
+    _tile_dpbssd(0, 4, 5);
+    left(1, k);
+    right(1, k);
+    _tile_dpbssd(1, 4, 5);
+    left(2, k);
+    right(2, k);
+    _tile_dpbssd(2, 4, 5);
+    left(3, k);
+    right(3, k);
+    _tile_dpbssd(3, 4, 5);
   }
-  for (int64_t d = 0; d < kWideDigits; ++d) {
-    _tile_zero(0);
-    for (int64_t k = 0; k < num_inputs; ++k) {
-      _tile_loadd(1, a + k * kTileInputs, rank);
-      _tile_loadd(2, b + (d * num_inputs + k) * kTileBytes, 64);
-      _tile_dpbssd(0, 1, 2);
-    }
-    _tile_stored(0, sums + d * 256, 64);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  for (int64_t k = 0; k < depth; ++k) {
+    left(4, k);
+    right(4, k);
+    _tile_dpbssd(0, 4, 5);
+    left(5, k);
+    right(5, k);
+    _tile_dpbssd(1, 4, 5);
+    left(6, k);
+    right(6, k);
+    _tile_dpbssd(2, 4, 5);
   }
+  _tile_stored(0, sums + 1024, 64);
+  _tile_stored(1, sums + 1280, 64);
+  _tile_stored(2, sums + 1536, 64);
 }
 
 /// Scores of 16 tokens and 16 heads without the rotary part: [16, heads_pad].
-TINYLM_INLINE void score_tile(const DecodeRun& p, int64_t first, int64_t head) {
+TINYLM_INLINE void score_tile(const DecodeRun& p, const double* inverses, int64_t first,
+                              int64_t head) {
   alignas(64) int32_t sums[kWideDigits * 256];
-  multiply_tokens(p.latent + first * p.latent_rank, p.latent_rank,
-                  p.q_tiles + head * kWideDigits * p.latent_rank, sums);
+  const int64_t depth = p.latent_rank / kTileInputs;
+  const int8_t* tokens = p.latent + first * p.latent_rank;
+  const int8_t* query = p.q_tiles + head * kWideDigits * p.latent_rank;
+  multiply_digits(
+      depth,
+      [&](int64_t d, int64_t k) {
+        if (d % 4 == 0) _tile_loadd(4, tokens + k * kTileInputs, p.latent_rank);
+      },
+      [&](int64_t d, int64_t k) { _tile_loadd(5, query + (d * depth + k) * kTileBytes, 64); },
+      sums);
   const f64x8 unit_low = load<f64x8>(p.q_unit + head);
   const f64x8 unit_high = load<f64x8>(p.q_unit + head + 8);
   const int64_t left = p.num_tokens - first;
   for (int64_t t = 0; t < (left < kTileTokens ? left : kTileTokens); ++t) {
     f64x8 low, high;
     join_digits(sums + t * 16, 256, &low, &high);
-    const f64x8 inverse = splat(1.0 / static_cast<double>(p.scale[first + t]));
+    const f64x8 inverse = splat(inverses[first + t]);
     double* out = p.scores + (first + t) * p.heads_pad + head;
     store(out, low * unit_low * inverse);
     store(out + 8, high * unit_high * inverse);
@@ -176,49 +197,91 @@ TINYLM_INLINE void interleave(const DecodeRun& p, int64_t first, int8_t* out) {
   }
 }
 
-/// A head's weights of this run in digits: row h of tile [d, k].
-TINYLM_INLINE double store_weights(const DecodeRun& p, int64_t head, int64_t tiles_k,
-                                   int8_t* row) {
-  double weights[kDecodeRun];
-  for (int64_t t = 0; t < p.num_tokens; ++t) weights[t] = p.scores[t * p.heads_pad + head];
-  for (int64_t t = p.num_tokens; t < tiles_k * kTileInputs; ++t) weights[t] = 0.0;
-  const double largest = largest_magnitude(weights, p.num_tokens);
-  int exponent = 0;
-  if (largest > 0.0 && largest < 1e300) frexp(largest, &exponent);
-  exponent = exponent > -900 ? exponent : -900;
-  const double steps = ldexp(1.0, 47 - exponent);
-  for (int64_t k = 0; k < tiles_k; ++k) {
-    to_digits_64(weights + k * kTileInputs, steps, row + k * kTileBytes, tiles_k * kTileBytes);
+/// Transposes 8 x 8 numbers.
+TINYLM_INLINE void transpose(f64x8* v) {
+  __m512d a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm512_unpacklo_pd((__m512d)v[i], (__m512d)v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_pd((__m512d)v[i], (__m512d)v[i + 1]);
   }
-  return ldexp(1.0, exponent - 47);
+  for (int half = 0; half < 8; half += 4) {
+    for (int odd = 0; odd < 2; ++odd) {
+      b[half + odd] = _mm512_shuffle_f64x2(a[half + odd], a[half + 2 + odd], 0x88);
+      b[half + 2 + odd] = _mm512_shuffle_f64x2(a[half + odd], a[half + 2 + odd], 0xDD);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = (f64x8)_mm512_shuffle_f64x2(b[i], b[i + 4], 0x88);
+    v[i + 4] = (f64x8)_mm512_shuffle_f64x2(b[i], b[i + 4], 0xDD);
+  }
+}
+
+/// Softens the scores of eight heads: weights over the multiplier, by head and token, zeros up to
+/// a multiple of 64 tokens; and the largest of each head.
+TINYLM_INLINE void soften_eight(const DecodeRun& p, const double* inverses, int64_t head,
+                                int64_t num_padded, double* weights, double* largest) {
+  f64x8 top = splat(kNoScore);
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    top = max(load<f64x8>(p.scores + t * p.heads_pad + head), top);
+  }
+  f64x8 total = {};
+  f64x8 largest_weight = {};
+  for (int64_t t = 0; t < num_padded; t += 8) {
+    f64x8 v[8] = {};
+    for (int64_t i = 0; i < 8; ++i) {
+      if (t + i >= p.num_tokens) break;
+      const f64x8 weight = exp(load<f64x8>(p.scores + (t + i) * p.heads_pad + head) - top);
+      total += weight;
+      v[i] = weight * inverses[t + i];
+      largest_weight = max(v[i], largest_weight);
+    }
+    transpose(v);
+    for (int64_t i = 0; i < 8; ++i) store(weights + i * kDecodeRun + t, v[i]);
+  }
+  store(p.largest + head, top);
+  store(p.total + head, total);
+  store(largest, largest_weight);
 }
 
 /// Weighted sums of the latents for 16 heads.
-TINYLM_INLINE void sum_latents(const DecodeRun& p, int64_t head, int64_t tiles_k,
-                               const int8_t* latents, int8_t* digits) {
+TINYLM_INLINE void sum_latents(const DecodeRun& p, const double* inverses, int64_t head,
+                               int64_t tiles_k, const int8_t* latents, int8_t* digits) {
   alignas(64) int32_t sums[kWideDigits * 256];
+  double weights[8 * kDecodeRun];
   double unit[16];
   for (int64_t h = 0; h < 16; ++h) {
-    unit[h] = store_weights(p, head + h, tiles_k, digits + h * 64);
+    if (h % 8 == 0) soften_eight(p, inverses, head + h, tiles_k * kTileInputs, weights, unit + h);
+    int exponent = 0;
+    if (unit[h] < 1e300) frexp(unit[h], &exponent);  // else nothing here is a number
+    exponent = exponent > -900 ? exponent : -900;
+    const double steps = ldexp(1.0, 47 - exponent);
+    unit[h] = ldexp(1.0, exponent - 47);
+    for (int64_t k = 0; k < tiles_k; ++k) {
+      to_digits_64(weights + h % 8 * kDecodeRun + k * kTileInputs, steps,
+                   digits + k * kTileBytes + h * 64, tiles_k * kTileBytes);
+    }
   }
   const int64_t ld = p.latent_rank;
   for (int64_t tile = 0; tile < p.latent_rank / 16; ++tile) {
-    for (int64_t d = 0; d < kWideDigits; ++d) {
-      _tile_zero(0);
-      for (int64_t k = 0; k < tiles_k; ++k) {
-        _tile_loadd(1, digits + (d * tiles_k + k) * kTileBytes, 64);
-        _tile_loadd(2, latents + k * ld * kTileInputs + tile * kTileBytes, 64);
-        _tile_dpbssd(0, 1, 2);
-      }
-      _tile_stored(0, sums + d * 256, 64);
-    }
+    multiply_digits(
+        tiles_k,
+        [&](int64_t d, int64_t k) {
+          _tile_loadd(4, digits + (d * tiles_k + k) * kTileBytes, 64);
+        },
+        [&](int64_t d, int64_t k) {
+          if (d % 4 == 0) {
+            _tile_loadd(5, latents + k * ld * kTileInputs + tile * kTileBytes, 64);
+          }
+        },
+        sums);
     for (int64_t h = 0; h < 16; ++h) {
       f64x8 half[2];
       join_digits(sums + h * 16, 256, &half[0], &half[1]);
       double* out = p.y + (head + h) * ld + tile / 4 * 64 + tile % 4 * 4;
-      for (int64_t n = 0; n < 16; n += 4) {
-        const f64x8 v = half[n / 8] * unit[h];
-        for (int64_t j = 0; j < 4; ++j) out[4 * n + j] = v[n % 8 + j];
+      for (int64_t i = 0; i < 2; ++i) {
+        const __m512d v = (__m512d)(half[i] * unit[h]);
+        _mm256_storeu_pd(out + 32 * i, _mm512_castpd512_pd256(v));
+        _mm256_storeu_pd(out + 32 * i + 16, _mm512_extractf64x4_pd(v, 1));
       }
     }
   }
@@ -229,18 +292,19 @@ void decode(const DecodeRun& p) {
   const int64_t ld = (p.rope_dim + 15) / 16 * 16;
   const int64_t tiles_k = (p.num_tokens + kTileInputs - 1) / kTileInputs;
   const Tiles tiles;
+  double inverses[kDecodeRun];
+  for (int64_t t = 0; t < p.num_tokens; ++t) inverses[t] = 1.0 / static_cast<double>(p.scale[t]);
   for (int64_t first = 0; first < p.num_tokens; first += kTileTokens) {
-    for (int64_t head = 0; head < p.heads_pad; head += 16) score_tile(p, first, head);
+    for (int64_t head = 0; head < p.heads_pad; head += 16) score_tile(p, inverses, first, head);
     add_rope_scores(p, first, ld);
   }
-  soften_heads(p);
   int8_t* latents = p.bytes;
   int8_t* digits = latents + p.latent_rank * tiles_k * kTileInputs;
   for (int64_t first = 0; first < tiles_k * kTileInputs; first += 4) {
     interleave(p, first, latents);
   }
   for (int64_t head = 0; head < p.heads_pad; head += 16) {
-    sum_latents(p, head, tiles_k, latents, digits);
+    sum_latents(p, inverses, head, tiles_k, latents, digits);
   }
 }
 
