@@ -1,0 +1,132 @@
+// Integer products with int8 tiles, for many activation rows; few go to AVX-512 VNNI.
+//
+// Two blocks of weights are unpacked to bytes for the whole of K (the panel, in the cache nearest
+// to the core), and every tile of activations passes over them: 32 rows x 32 outputs at a time in
+// four tiles of sums.
+#pragma once
+
+#include "dot_avx512.inc.h"
+
+namespace tinylm::cpu {
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileBytes = 1024;
+/// Below it, a tile would be mostly empty.
+constexpr int64_t kMinTileRows = 9;
+
+struct __attribute__((packed)) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+/// Tile registers hold state that slows the core down until they are released.
+class Tiles {
+ public:
+  Tiles() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+/// Unpacks one block into tiles of 64 inputs x 16 rows, every other kTileBytes.
+TINYLM_INLINE void unpack_block(const uint8_t* block, int64_t k_pad, int8_t* panel) {
+  const __m512i mask = _mm512_set1_epi8(3);
+  for (int64_t group = 0; group < k_pad / 16; ++group) {
+    __m512i bytes = _mm512_loadu_si512(block + group * kGroupBytes);
+    int8_t* out = panel + group / 4 * 2 * kTileBytes + group % 4 * 256;
+    for (int lane = 0; lane < 4; ++lane) {
+      _mm512_store_si512(out + 64 * lane, _mm512_and_si512(bytes, mask));
+      bytes = _mm512_srli_epi16(bytes, 2);
+    }
+  }
+}
+
+/// `kHigh`: 32 activation rows rather than 16. `kWide`: two blocks rather than one.
+template <bool kHigh, bool kWide>
+TINYLM_INLINE void tile(const uint8_t* b, int64_t b_stride, int64_t b_second, const DotParams& p,
+                        int64_t row, int64_t block, int32_t* sums, const Sink& sink) {
+  const int8_t* a = p.q + row * p.ldq;
+  _tile_zero(0);
+  if (kWide) _tile_zero(1);
+  if (kHigh) _tile_zero(2);
+  if (kHigh && kWide) _tile_zero(3);
+  for (int64_t k = 0; k < p.k_pad; k += kInputAlign) {
+    _tile_loadd(4, a + k, p.ldq);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    if (kWide) {
+      _tile_loadd(7, b + b_second, 64);
+      _tile_dpbsud(1, 4, 7);
+    }
+    if (kHigh) {
+      _tile_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
+      _tile_dpbsud(2, 5, 6);
+      if (kWide) _tile_dpbsud(3, 5, 7);
+    }
+    b += b_stride;
+  }
+  _tile_stored(0, sums, 64);
+  if (kWide) _tile_stored(1, sums + 256, 64);
+  if (kHigh) _tile_stored(2, sums + 512, 64);
+  if (kHigh && kWide) _tile_stored(3, sums + 768, 64);
+  const int64_t most = kHigh ? 32 : 16;
+  const int64_t rows = p.m - row < most ? p.m - row : most;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
+    emit(sink, row + r, block, load<i32x16>(at));
+    if (kWide) emit(sink, row + r, block + 1, load<i32x16>(at + 256));
+  }
+}
+
+template <bool kWide>
+TINYLM_INLINE void tile_rows(const uint8_t* b, int64_t b_stride, int64_t b_second,
+                             const DotParams& p, int64_t block, const Sink& sink) {
+  alignas(64) int32_t sums[1024];
+  int64_t row = 0;
+  for (; p.m - row > kTileRows; row += 2 * kTileRows) {
+    tile<true, kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+  }
+  if (row < p.m) tile<false, kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+}
+
+void dot_ternary(const DotParams& p, const Sink& sink) {
+  if (p.m < kMinTileRows) return dot_ternary_vnni(p, sink);
+  const Tiles tiles;
+  const int64_t bytes = p.k_pad / 16 * kGroupBytes;
+  const uint8_t* panel = reinterpret_cast<const uint8_t*>(p.panel);
+  for (int64_t block = p.first_block; block < p.last_block; block += 2) {
+    const bool wide = block + 1 < p.last_block;
+    unpack_block(p.weights + block * bytes, p.k_pad, p.panel);
+    if (wide) unpack_block(p.weights + (block + 1) * bytes, p.k_pad, p.panel + kTileBytes);
+    if (wide) {
+      tile_rows<true>(panel, 2 * kTileBytes, kTileBytes, p, block, sink);
+    } else {
+      tile_rows<false>(panel, 2 * kTileBytes, kTileBytes, p, block, sink);
+    }
+  }
+}
+
+/// int8 weights lie in memory as the tiles want them.
+void dot_int8(const DotParams& p, const Sink& sink) {
+  if (p.m < kMinTileRows) return dot_int8_vnni(p, sink);
+  const Tiles tiles;
+  const int64_t bytes = p.k_pad / 4 * kGroupBytes;
+  for (int64_t block = p.first_block; block < p.last_block; block += 2) {
+    const uint8_t* b = p.weights + block * bytes;
+    if (block + 1 < p.last_block) {
+      tile_rows<true>(b, kTileBytes, bytes, p, block, sink);
+    } else {
+      tile_rows<false>(b, kTileBytes, bytes, p, block, sink);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tinylm::cpu

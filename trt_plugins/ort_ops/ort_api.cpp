@@ -1,0 +1,162 @@
+#include "ort_api.h"
+
+#include <stdexcept>
+
+namespace tinylm::ort {
+namespace {
+
+const OrtApi* g_api = nullptr;
+
+Tensor view(const OrtValue* value) {
+  Tensor tensor;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(api().GetTensorTypeAndShape(value, &info));
+  std::size_t rank = 0;
+  OrtStatus* status = api().GetTensorElementType(info, &tensor.type);
+  if (status == nullptr) status = api().GetDimensionsCount(info, &rank);
+  if (status == nullptr) {
+    tensor.shape.resize(rank);
+    status = api().GetDimensions(info, tensor.shape.data(), rank);
+  }
+  api().ReleaseTensorTypeAndShapeInfo(info);
+  check(status);
+  void* data = nullptr;
+  check(api().GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  tensor.data = data;
+  return tensor;
+}
+
+}  // namespace
+
+void set_api(const OrtApi* api) { g_api = api; }
+const OrtApi& api() { return *g_api; }
+
+void check(OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api().GetErrorMessage(status);
+  api().ReleaseStatus(status);
+  throw std::runtime_error(message);
+}
+
+std::int64_t Tensor::count() const {
+  std::int64_t total = 1;
+  for (const std::int64_t dim : shape) total *= dim;
+  return total;
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + "]";
+}
+
+std::string NodeInfo::name() const {
+  std::size_t size = 0;
+  check(api().KernelInfo_GetNodeName(info_, nullptr, &size));
+  std::string name(size, '\0');
+  check(api().KernelInfo_GetNodeName(info_, name.data(), &size));
+  name.resize(size == 0 ? 0 : size - 1);  // the size counts the end mark
+  return name;
+}
+
+std::int64_t NodeInfo::int_attribute(const char* name) const {
+  std::int64_t value = 0;
+  OrtStatus* status = api().KernelInfoGetAttribute_int64(info_, name, &value);
+  if (status != nullptr) {
+    api().ReleaseStatus(status);
+    throw std::runtime_error("attribute '" + std::string(name) +
+                             "' (int) is required and missing.");
+  }
+  return value;
+}
+
+float NodeInfo::float_attribute(const char* name) const {
+  float value = 0.0F;
+  OrtStatus* status = api().KernelInfoGetAttribute_float(info_, name, &value);
+  if (status != nullptr) {
+    api().ReleaseStatus(status);
+    throw std::runtime_error("attribute '" + std::string(name) +
+                             "' (float) is required and missing.");
+  }
+  return value;
+}
+
+float NodeInfo::float_attribute(const char* name, float otherwise) const {
+  float value = otherwise;
+  OrtStatus* status = api().KernelInfoGetAttribute_float(info_, name, &value);
+  if (status == nullptr) return value;
+  api().ReleaseStatus(status);
+  return otherwise;
+}
+
+std::string NodeInfo::string_attribute(const char* name, const char* otherwise) const {
+  std::size_t size = 0;
+  OrtStatus* status = api().KernelInfoGetAttribute_string(info_, name, nullptr, &size);
+  if (status != nullptr) {
+    api().ReleaseStatus(status);
+    return otherwise;
+  }
+  std::string value(size, '\0');
+  check(api().KernelInfoGetAttribute_string(info_, name, value.data(), &size));
+  value.resize(size == 0 ? 0 : size - 1);
+  return value;
+}
+
+bool NodeInfo::has_input(std::size_t index) const {
+  std::size_t count = 0;
+  check(api().KernelInfo_GetInputCount(info_, &count));
+  if (index >= count) return false;
+  std::size_t size = 0;
+  check(api().KernelInfo_GetInputName(info_, index, nullptr, &size));
+  return size > 1;  // an input that is left out has an empty name
+}
+
+Tensor NodeInfo::constant(std::size_t index, const char* name) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  OrtStatus* status =
+      api().KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value);
+  if (status != nullptr || is_constant == 0 || value == nullptr) {
+    if (status != nullptr) api().ReleaseStatus(status);
+    throw std::runtime_error(std::string(name) +
+                             " must be a constant initializer, because it is re-packed when the "
+                             "session is made; found a value that the graph computes or takes.");
+  }
+  return view(value);
+}
+
+Tensor Context::input(std::size_t index) const {
+  const OrtValue* value = nullptr;
+  check(api().KernelContext_GetInput(context_, index, &value));
+  return view(value);
+}
+
+void* Context::output(std::size_t index, const std::vector<std::int64_t>& shape) const {
+  OrtValue* value = nullptr;
+  check(api().KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+  void* data = nullptr;
+  check(api().GetTensorMutableData(value, &data));
+  return data;
+}
+
+cpu::Parallel Context::parallel() const {
+  cpu::Parallel parallel;
+  parallel.pool = context_;
+  parallel.run = [](void* pool, std::size_t count, void (*task)(void*, std::size_t), void* data) {
+    check(api().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool), task, count, 0,
+                                          data));
+  };
+  return parallel;
+}
+
+void require_shape(const char* name, const Tensor& tensor,
+                   const std::vector<std::int64_t>& expected, const char* letters) {
+  if (tensor.shape == expected) return;
+  throw std::runtime_error(std::string(name) + " " + letters + ": expected " +
+                           shape_text(expected) + " to fit the other inputs, found " +
+                           shape_text(tensor.shape) + ".");
+}
+
+}  // namespace tinylm::ort
