@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_helpers import (
     LIBRARY,
+    example,
     feeds,
     kernel_calls,
     native_model,
@@ -27,6 +28,9 @@ from native_helpers import (
 from tolerances import ONE_ROUNDING, assert_equal
 from torch import Tensor
 
+from tinylm.config import float32
+from tinylm.norm import rms_norm
+from tinylm.quantization import dequantize, quantize_activation
 from tinylm_export.torch_ops import torch_op
 
 pytestmark = needs_library
@@ -88,6 +92,21 @@ def test_rows_of_zeros_and_extremes(activation: str, norm: bool) -> None:
     found = run_native("BitLinear", tensors, activation=activation)[0]
     assert not found[0].any()
     assert_equal(found, OPS.bit_linear(*tensors.values(), activation=activation))
+
+
+@NORM
+@DTYPES
+def test_int8_linear(norm: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(4)
+    tensors = bit_linear_inputs(4, num_inputs=508, num_outputs=131, norm=norm, dtype=dtype)
+    weight = torch.randint(-127, 128, (131, 508), generator=g, dtype=torch.int8)
+    tensors["weight"] = weight
+    x = tensors["x"]
+    normed = rms_norm(x, tensors["norm_weight"], float32(1e-5)) if norm else x.float()
+    q, s = quantize_activation(normed, "int8")
+    accumulator = (q.double() @ weight.double().t()).float()  # an exact sum, rounded once
+    expected = dequantize(accumulator, tensors["weight_scale"], s).to(dtype)
+    assert_equal(run_native("Int8Linear", tensors)[0], expected)
 
 
 @CASES
@@ -188,15 +207,6 @@ def test_the_kernel_runs_with_or_without_a_function_body(op: str, bodies: bool) 
         session.run(None, feeds(model, tensors))
         grown = {name: kernel_calls(name) - count for name, count in before.items()}
         assert grown == {name: int(name == op) for name in grown}, calls
-
-
-def example(op: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs and attributes that an op accepts."""
-    if op == "BitLinear":
-        return bit_linear_inputs(0), {"activation": "int8", "eps": 1e-5}
-    if op == "SwiGLU":
-        return {"gate": torch.randn(2, 5), "up": torch.randn(2, 5)}, {}
-    return MLA_CASES["chunk"].inputs(), MLA_CASES["chunk"].attributes
 
 
 @pytest.mark.parametrize("name", ["chunk", "ragged decode", "more padding than room"])
