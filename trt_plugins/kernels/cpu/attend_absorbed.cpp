@@ -22,20 +22,33 @@ struct Row {
   double* largest;   // [runs, heads_pad]
   double* total;     // [runs, heads_pad]
   double* y;         // [runs, heads_pad, ld_latent]
+  bool tiles;        // the family's kernel takes digits in tiles rather than q_latent
+  double* q_unit;    // [heads_pad]
+  std::int8_t* q_tiles;
 };
 
-Row allocate(const LatentAttentionShape& s, std::int64_t runs) {
+Row allocate(const PackedLatentAttention& weights, std::int64_t runs) {
+  const LatentAttentionShape& s = weights.shape();
   Row row;
   row.heads_pad = round_up(s.num_heads, 16);
   row.ld_latent = round_up(s.latent_rank, 16);
-  const std::int64_t query = (s.latent_rank + s.rope_dim) * row.heads_pad;
+  row.tiles = weights.kernels().decode_takes_tiles(s.latent_rank);
   const std::int64_t state = runs * row.heads_pad;
-  row.q_latent = scratch_of<double>(Scratch::kCaller, query + state * (2 + row.ld_latent));
-  row.q_rope = row.q_latent + s.latent_rank * row.heads_pad;
-  row.largest = row.q_latent + query;
+  const std::int64_t query = (s.rope_dim + (row.tiles ? 1 : s.latent_rank)) * row.heads_pad;
+  const std::int64_t digits = row.tiles ? row.heads_pad * kWideDigits * s.latent_rank : 0;
+  const std::int64_t doubles = query + state * (2 + row.ld_latent);
+  auto* memory = static_cast<char*>(
+      scratch(Scratch::kCaller, static_cast<std::size_t>(digits + 8 * doubles)));
+  row.q_tiles = reinterpret_cast<std::int8_t*>(memory);
+  row.q_rope = reinterpret_cast<double*>(memory + digits);
+  row.q_latent = row.q_rope + s.rope_dim * row.heads_pad;
+  row.q_unit = row.q_latent;
+  row.largest = row.q_rope + query;
   row.total = row.largest + state;
   row.y = row.total + state;
-  std::fill(row.q_latent, row.q_latent + query, 0.0);
+  if (row.heads_pad != s.num_heads) {  // heads that only fill up
+    std::memset(memory, 0, static_cast<std::size_t>(digits + 8 * query));
+  }
   return row;
 }
 
@@ -52,6 +65,19 @@ WideScratch wide_scratch(const PackedLinear& w, std::int64_t doubles, double** v
   return wide;
 }
 
+/// Writes a head's query in digits where the tiles want them.
+void store_tiles(const KernelTable& kernels, const double* latent, std::int64_t rank,
+                 std::int64_t head, std::int8_t* digits, const Row& row) {
+  const FixedPoint point = fixed_point(kernels.largest_magnitude(latent, rank));
+  std::int32_t unused[kWideDigits];
+  kernels.to_digits(latent, rank, point.steps, digits, rank, unused);
+  row.q_unit[head] = point.unit;
+  std::int8_t* out = row.q_tiles + head / 16 * 16 * kWideDigits * rank + head % 16 * 4;
+  for (std::int64_t four = 0; four < kWideDigits * rank / 4; ++four) {
+    std::memcpy(out + 64 * four, digits + 4 * four, 4);
+  }
+}
+
 /// A head's query in the latent space, and its rotated part.
 void absorb_query(const PackedLatentAttention& weights, const LatentAttentionParams& p,
                   const float* angles, std::int64_t batch, std::int64_t head, const Row& row) {
@@ -59,9 +85,10 @@ void absorb_query(const PackedLatentAttention& weights, const LatentAttentionPar
   const PackedLinear& w = weights.absorb(head);
   const std::int64_t width = s.nope_dim + s.rope_dim;
   double* q = nullptr;
-  const WideScratch wide = wide_scratch(w, width + s.rope_dim + s.latent_rank, &q);
+  const WideScratch wide = wide_scratch(w, width + s.rope_dim + 2 * s.latent_rank, &q);
   double* rotated = q + width;
   double* latent = rotated + s.rope_dim;
+  auto* digits = reinterpret_cast<std::int8_t*>(latent + s.latent_rank);  // 7 of its 8 bytes
   const KernelTable& kernels = weights.kernels();
   const std::int64_t at = (batch * s.num_heads + head) * width;
   kernels.widen(offset(p.q, at * float_size(p.type)), p.type, q, width);
@@ -76,8 +103,13 @@ void absorb_query(const PackedLatentAttention& weights, const LatentAttentionPar
   const float* scale = weights.expand(head).scale();
   for (std::int64_t i = 0; i < s.nope_dim; ++i) q[i] *= static_cast<double>(scale[i]);
   wide_linear(w, q, 0, latent, wide);
+  for (std::int64_t r = 0; r < s.latent_rank; ++r) latent[r] *= softmax_scale;
+  if (row.tiles) {
+    store_tiles(kernels, latent, s.latent_rank, head, digits, row);
+    return;
+  }
   for (std::int64_t r = 0; r < s.latent_rank; ++r) {
-    row.q_latent[r * row.heads_pad + head] = latent[r] * softmax_scale;
+    row.q_latent[r * row.heads_pad + head] = latent[r];
   }
 }
 
@@ -98,8 +130,14 @@ void decode_run(const PackedLatentAttention& weights, const LatentAttentionParam
   r.scale = p.scale + slot;
   r.rope = offset(p.rope, slot * s.rope_dim * float_size(p.type));
   r.type = p.type;
-  r.wide = scratch_of<double>(Scratch::kTask, wide + kDecodeRun * row.heads_pad);
+  const std::int64_t bytes = row.tiles ? decode_bytes(s.latent_rank) : 0;
+  auto* memory = static_cast<char*>(scratch(
+      Scratch::kTask, static_cast<std::size_t>(bytes + 8 * (wide + kDecodeRun * row.heads_pad))));
+  r.bytes = reinterpret_cast<std::int8_t*>(memory);
+  r.wide = reinterpret_cast<double*>(memory + bytes);
   r.scores = r.wide + wide;
+  r.q_tiles = row.tiles ? row.q_tiles : nullptr;
+  r.q_unit = row.q_unit;
   r.largest = row.largest + run * row.heads_pad;
   r.total = row.total + run * row.heads_pad;
   r.y = row.y + run * row.heads_pad * row.ld_latent;
@@ -149,7 +187,7 @@ void attend_absorbed(const PackedLatentAttention& weights, const LatentAttention
     }
     const std::int64_t tokens = p.past_lens[batch] + 1;
     const std::int64_t runs = (tokens + kDecodeRun - 1) / kDecodeRun;
-    const Row row = allocate(s, runs);
+    const Row row = allocate(weights, runs);
     const auto heads = static_cast<std::size_t>(s.num_heads);
     parallel(heads, [&](std::size_t head) {
       absorb_query(weights, p, angles, batch, static_cast<std::int64_t>(head), row);

@@ -67,7 +67,7 @@ TINYLM_INLINE void soften_heads(const DecodeRun& p) {
       double* at = p.scores + t * p.heads_pad + h;
       const f64x8 weights = exp(load<f64x8>(at) - top);
       total += weights;
-      store(at, weights / splat(static_cast<double>(p.scale[t])));
+      store(at, weights * splat(1.0 / static_cast<double>(p.scale[t])));
     }
     store(p.largest + h, top);
     store(p.total + h, total);
@@ -90,7 +90,7 @@ TINYLM_INLINE void add_latents(const DecodeRun& p, int64_t first, int64_t count,
   }
 }
 
-void decode(const DecodeRun& p) {
+void decode_f64(const DecodeRun& p) {
   const int64_t ld = (p.latent_rank + 15) / 16 * 16;
   const int64_t ld_wide = p.latent_rank > p.rope_dim ? ld : (p.rope_dim + 15) / 16 * 16;
   for (int64_t first = 0; first < p.num_tokens; first += kDecodeTokens) {
@@ -104,6 +104,11 @@ void decode(const DecodeRun& p) {
     add_latents(p, first, left < kDecodeTokens ? left : kDecodeTokens, ld);
   }
 }
+
+#if !defined(__AMX_INT8__)
+void decode(const DecodeRun& p) { decode_f64(p); }
+bool decode_takes_tiles(int64_t) { return false; }
+#endif
 
 }  // namespace
 }  // namespace tinylm::cpu

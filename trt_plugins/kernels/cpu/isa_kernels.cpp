@@ -4,8 +4,10 @@
 #include "attend.inc.h"
 #include "decode.inc.h"
 #include "rows.inc.h"
+#include "wide.inc.h"
 
 #if defined(__AMX_INT8__)
+#include "decode_amx.inc.h"
 #include "dot_amx.inc.h"
 #elif defined(__AVX512VNNI__)
 #include "dot_avx512.inc.h"
@@ -20,7 +22,8 @@ namespace tinylm::cpu {
 const KernelTable& TINYLM_FAMILY_TABLE() {
   static const KernelTable table = {
       dot_ternary, dot_int8,  quantize_int8, quantize_fp8, finish_fp8,
-      swiglu,      widen_all, narrow_all,    attend,       decode,
+      swiglu,      widen_all, narrow_all,    largest_magnitude,
+      to_digits,   from_digits, attend,      decode,       decode_takes_tiles,
   };
   return table;
 }

@@ -82,6 +82,9 @@ inline constexpr std::int64_t kQueryTile = 8;
 /// Below every score, and finite, so that differences stay numbers.
 inline constexpr double kNoScore = -1e300;
 
+/// Digits of a float64 number in fixed point, see wide_linear.h.
+inline constexpr int kWideDigits = 7;
+
 /// Attention of one query of every head over a run of cached tokens, in the latent space.
 struct DecodeRun {
   std::int64_t num_tokens = 0;      ///< at most kDecodeRun
@@ -99,10 +102,19 @@ struct DecodeRun {
   double* largest = nullptr;  ///< [heads_pad], out
   double* total = nullptr;    ///< [heads_pad], out
   double* y = nullptr;        ///< [heads_pad, round_up(R, 16)], out: weighted sum of latents
+  // Where decode_takes_tiles(R), in place of q_latent:
+  const std::int8_t* q_tiles = nullptr;  ///< [heads_pad / 16, kWideDigits, R / 64, 16, 16, 4]
+  const double* q_unit = nullptr;        ///< [heads_pad], what digit 0 of a head counts
+  std::int8_t* bytes = nullptr;          ///< scratch of decode_bytes(R), 64-byte aligned
 };
-inline constexpr std::int64_t kDecodeRun = 128;
+inline constexpr std::int64_t kDecodeRun = 512;
 /// Tokens whose latents are converted at a time.
 inline constexpr std::int64_t kDecodeTokens = 16;
+
+/// Latents interleaved, and a group of heads' weights in digits.
+inline constexpr std::int64_t decode_bytes(std::int64_t latent_rank) {
+  return kDecodeRun * (latent_rank + 16 * kWideDigits);
+}
 
 /// The functions of one family.
 struct KernelTable {
@@ -123,8 +135,18 @@ struct KernelTable {
   /// Conversions between `type` and float64.
   void (*widen)(const void* x, FloatType type, double* y, std::int64_t count);
   void (*narrow)(const double* x, FloatType type, void* y, std::int64_t count);
+  double (*largest_magnitude)(const double* x, std::int64_t count);
+  /// Digits to base 128 of round(x * unit), |x * unit| < 2**47: digit d of x[i] goes to
+  /// digits[d * stride + i], zeros up to the next multiple of 8; their sums to sums[d].
+  void (*to_digits)(const double* x, std::int64_t count, double unit, std::int8_t* digits,
+                    std::int64_t stride, std::int32_t* sums);
+  /// out[i] = unit * sum over d of 128**d * sums[d * stride + i]. Reads up to 7 sums past count.
+  void (*from_digits)(const std::int32_t* sums, std::int64_t stride, std::int64_t count,
+                      double unit, double* out);
   void (*attend)(const AttendTile&);
   void (*decode)(const DecodeRun&);
+  /// Whether decode wants q_tiles, q_unit and bytes for this rank.
+  bool (*decode_takes_tiles)(std::int64_t latent_rank);
 };
 
 /// The table of a family, which must be supported.
