@@ -34,8 +34,9 @@ struct Differences {
     worst = std::isnan(size) ? INFINITY : std::max(worst, size);
   }
   /// Counts sums that were carried in float64 and rounded once; worst is relative.
-  void add_rounded_sum(double found, double expected) {
-    const bool same = std::fabs(found - expected) <= kCancelled;
+  /// @param magnitude Of the sums' terms.
+  void add_rounded_sum(double found, double expected, double magnitude = 100.0) {
+    const bool same = std::fabs(found - expected) <= kCancelled * magnitude;
     add(same ? expected : found, expected, std::fabs(expected));
   }
   /// Whether at most `share` of the values differ, one in any case, by at most `limit` units.

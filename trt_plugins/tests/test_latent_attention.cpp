@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_helpers.h"
 #include "comparator.h"
 #include "generator.h"
 #include "isa_fixture.h"
@@ -20,48 +21,6 @@ using reference::Absorbed;
 using reference::AttentionCase;
 using reference::Expanded;
 using reference::FloatTensor;
-
-std::unique_ptr<cpu::LatentAttentionWeights> pack_weights(const AttentionCase& c) {
-  return cpu::LatentAttentionWeights::pack(c.shape, reference::pack(c.codes).data(),
-                                           c.kv_b_scale.data(), c.norm_weight.data());
-}
-
-/// Runs the kernel on the case's own cache. y starts as NaN, so that what is not written shows.
-FloatTensor run_kernel(AttentionCase& c, const cpu::Parallel& parallel = {}) {
-  const std::int64_t width = c.shape.num_heads * c.shape.value_dim;
-  FloatTensor y(c.q.type(), c.batch * c.length * width);
-  for (std::int64_t i = 0; i < y.size(); ++i) y.set(i, std::nanf(""));
-  cpu::LatentAttentionParams params;
-  params.batch = c.batch;
-  params.length = c.length;
-  params.capacity = c.capacity;
-  params.type = c.q.type();
-  params.q = c.q.data();
-  params.kv = c.kv.data();
-  params.past_lens = c.past_lens.data();
-  params.seq_lens = c.seq_lens.data();
-  params.latent = c.latent.data();
-  params.scale = c.scale.data();
-  params.rope = c.rope.data();
-  params.y = y.data();
-  const auto weights = pack_weights(c);
-  EXPECT_GT(weights->num_bytes(), 0);
-  cpu::latent_attention(*weights, params, parallel);
-  return y;
-}
-
-std::string describe(const AttentionCase& c, int number) {
-  std::string text =
-      "case " + std::to_string(number) + ": heads " + std::to_string(c.shape.num_heads) +
-      ", nope " + std::to_string(c.shape.nope_dim) + ", rope " + std::to_string(c.shape.rope_dim) +
-      ", value " + std::to_string(c.shape.value_dim) + ", rank " +
-      std::to_string(c.shape.latent_rank) + ", length " + std::to_string(c.length) + ", capacity " +
-      std::to_string(c.capacity) + ", past+new";
-  for (std::int64_t b = 0; b < c.batch; ++b) {
-    text += " " + std::to_string(c.past(b)) + "+" + std::to_string(c.fresh(b));
-  }
-  return text;
-}
 
 /// What differs between a kernel and the reference, over many cases.
 struct Result {
@@ -163,21 +122,6 @@ TEST_P(LatentAttention, OneTokenInFloat16) { check(FloatType::kFloat16, true, 43
 TEST_P(LatentAttention, ManyTokensInFloat16) { check(FloatType::kFloat16, false, 44); }
 TEST_P(LatentAttention, OneTokenInBFloat16) { check(FloatType::kBFloat16, true, 45); }
 TEST_P(LatentAttention, ManyTokensInBFloat16) { check(FloatType::kBFloat16, false, 46); }
-
-/// A case with given sizes and lengths.
-AttentionCase make_case(Random& random, cpu::LatentAttentionShape shape, std::int64_t length,
-                        std::int64_t capacity, std::vector<std::int32_t> past_lens,
-                        std::vector<std::int32_t> seq_lens) {
-  AttentionCase c;
-  c.shape = shape;
-  c.batch = static_cast<std::int64_t>(past_lens.size());
-  c.length = length;
-  c.capacity = capacity;
-  c.past_lens = std::move(past_lens);
-  c.seq_lens = std::move(seq_lens);
-  fill_attention_case(random, c, FloatType::kFloat);
-  return c;
-}
 
 constexpr cpu::LatentAttentionShape kFullSize{16, 32, 32, 64, 256, 10000.0F, 1e-5F, 0.125F};
 constexpr cpu::LatentAttentionShape kSmall{3, 5, 6, 7, 12, 5000.0F, 1e-5F, 0.37F};
