@@ -17,7 +17,7 @@ TINYLM_INLINE void widen_latents(const int8_t* latent, int64_t rank, int64_t cou
     if (t < count) {
       const int8_t* row = latent + t * rank;
       for (; r + 8 <= rank; r += 8) {
-        store(wide + t * ld + r, __builtin_convertvector(load<i8x8>(row + r), f64x8));
+        store(wide + t * ld + r, widen(load<i8x8>(row + r)));
       }
       for (; r < rank; ++r) wide[t * ld + r] = row[r];
     }

@@ -59,7 +59,7 @@ Isa detect() {
   const bool avx512 = (xcr0 & kZmm) == kZmm && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) &&
                       bit(b7, 31) && bit(c7, 11);
   if (avx512) {
-    const bool tiles = (xcr0 & kTiles) == kTiles && bit(d7, 24) && bit(d7, 25);
+    const bool tiles = (xcr0 & kTiles) == kTiles && bit(d7, 24) && bit(d7, 25) && bit(c7, 1);
     return tiles && request_tiles() ? Isa::kAmxInt8 : Isa::kAvx512Vnni;
   }
   return bit(a71, 4) ? Isa::kAvxVnni : Isa::kAvx2;

@@ -10,7 +10,7 @@ enum class Isa {
   kAvx2 = 1,        ///< AVX2 and FMA
   kAvxVnni = 2,     ///< AVX2 with the 256-bit dot product (AVX-VNNI)
   kAvx512Vnni = 3,  ///< AVX-512 F, BW, DQ, VL and VNNI
-  kAmxInt8 = 4,     ///< kAvx512Vnni with int8 tiles
+  kAmxInt8 = 4,     ///< kAvx512Vnni with VBMI and int8 tiles
 };
 inline constexpr int kNumIsas = 5;
 

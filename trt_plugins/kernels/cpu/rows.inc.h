@@ -67,7 +67,7 @@ float quantize_int8(const RowParams& p, int8_t* q, int32_t* total) {
   for (int64_t i = 0; i < p.k_pad; i += 16) {
     const i32x16 v = clamp(round_to_int(load<f32x16>(p.normed + i) * s), -128, 127);
     totals += v;
-    store(q + i, __builtin_convertvector(v, i8x16));
+    store(q + i, narrow(v));
   }
   int32_t sum = 0;
   for (int i = 0; i < 16; ++i) sum += totals[i];

@@ -90,7 +90,26 @@ TINYLM_INLINE float largest(f32x16 v) {
   return m;
 }
 
+// Conversions that change the width: GCC 12 splits __builtin_convertvector of them into halves.
+#if defined(__AVX512F__)
+TINYLM_INLINE f64x8 widen(f32x8 v) { return (f64x8)_mm512_cvtps_pd((__m256)v); }
+TINYLM_INLINE f32x8 narrow(f64x8 v) { return (f32x8)_mm512_cvtpd_ps((__m512d)v); }
+TINYLM_INLINE i64x8 widen(i32x8 v) { return (i64x8)_mm512_cvtepi32_epi64((__m256i)v); }
+TINYLM_INLINE i8x8 narrow(i64x8 v) { return bits<i8x8>(_mm_cvtsi128_si64(_mm512_cvtepi64_epi8((__m512i)v))); }
+TINYLM_INLINE i8x16 narrow(i32x16 v) { return (i8x16)_mm512_cvtepi32_epi8((__m512i)v); }
+TINYLM_INLINE f64x8 widen(i8x8 v) {
+  const __m128i bytes = _mm_cvtsi64_si128(bits<int64_t>(v));
+  return (f64x8)_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(bytes));
+}
+#else
 TINYLM_INLINE f64x8 widen(f32x8 v) { return __builtin_convertvector(v, f64x8); }
+TINYLM_INLINE f32x8 narrow(f64x8 v) { return __builtin_convertvector(v, f32x8); }
+TINYLM_INLINE i64x8 widen(i32x8 v) { return __builtin_convertvector(v, i64x8); }
+TINYLM_INLINE i8x8 narrow(i64x8 v) { return __builtin_convertvector(v, i8x8); }
+TINYLM_INLINE i8x16 narrow(i32x16 v) { return __builtin_convertvector(v, i8x16); }
+TINYLM_INLINE f64x8 widen(i8x8 v) { return __builtin_convertvector(v, f64x8); }
+#endif
+
 TINYLM_INLINE f32x8 low(f32x16 v) {
   f32x8 r;
   memcpy(&r, &v, 32);
@@ -107,8 +126,6 @@ TINYLM_INLINE f32x16 join(f32x8 a, f32x8 b) {
   memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
   return r;
 }
-TINYLM_INLINE f32x8 narrow(f64x8 v) { return __builtin_convertvector(v, f32x8); }
-
 /// Rounds half to even for |x| < 2**22 and gives an integer for any x, NaN included.
 TINYLM_INLINE i32x16 round_to_int(f32x16 x) {
   const f32x16 magic = splat(12582912.0F);  // 1.5 * 2**23

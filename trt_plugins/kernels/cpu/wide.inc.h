@@ -8,8 +8,6 @@
 namespace tinylm::cpu {
 namespace {
 
-typedef int32_t i32x8_t __attribute__((vector_size(32)));
-
 double largest_magnitude(const double* x, int64_t count) {
   f64x8 top = {};
   int64_t i = 0;
@@ -39,7 +37,7 @@ void to_digits(const double* x, int64_t count, double unit, int8_t* digits, int6
       const i64x8 digit = ((rest + 64) & 127) - 64;
       rest = (rest - digit) >> 7;
       totals[d] += digit;
-      store(digits + d * stride + i, __builtin_convertvector(digit, i8x8));
+      store(digits + d * stride + i, narrow(digit));
     }
   }
   for (int d = 0; d < kWideDigits; ++d) {
@@ -53,8 +51,8 @@ void from_digits(const int32_t* sums, int64_t stride, int64_t count, double unit
   for (int64_t i = 0; i < count; i += 8) {
     i64x8 total = {};
     for (int d = kWideDigits - 1; d >= 0; --d) {
-      const i32x8_t digit = load<i32x8_t>(sums + d * stride + i);
-      total = (total << 7) + __builtin_convertvector(digit, i64x8);
+      const i32x8 digit = load<i32x8>(sums + d * stride + i);
+      total = (total << 7) + widen(digit);
     }
     const f64x8 value = __builtin_convertvector(total, f64x8) * unit;
     if (count - i >= 8) {
