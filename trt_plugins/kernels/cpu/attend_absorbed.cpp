@@ -93,17 +93,17 @@ void absorb_query(const PackedLatentAttention& weights, const LatentAttentionPar
   const std::int64_t at = (batch * s.num_heads + head) * width;
   kernels.widen(offset(p.q, at * float_size(p.type)), p.type, q, width);
   rotate(q + s.nope_dim, angles + p.past_lens[batch] * s.rope_dim, s.rope_dim, rotated);
-  const double softmax_scale = s.softmax_scale;
+  const double factor = query_factor(weights, q);
   for (std::int64_t i = 0; i < s.rope_dim; ++i) {
     char rounded[4];  // PyTorch and ONNX round the rotated query to the tensors' type
     kernels.narrow(rotated + i, p.type, rounded, 1);
     kernels.widen(rounded, p.type, rotated + i, 1);
-    row.q_rope[i * row.heads_pad + head] = rotated[i] * softmax_scale;
+    row.q_rope[i * row.heads_pad + head] = rotated[i] * factor;
   }
   const float* scale = weights.expand(head).scale();
   for (std::int64_t i = 0; i < s.nope_dim; ++i) q[i] *= static_cast<double>(scale[i]);
   wide_linear(w, q, 0, latent, wide);
-  for (std::int64_t r = 0; r < s.latent_rank; ++r) latent[r] *= softmax_scale;
+  for (std::int64_t r = 0; r < s.latent_rank; ++r) latent[r] *= factor;
   if (row.tiles) {
     store_tiles(kernels, latent, s.latent_rank, head, digits, row);
     return;

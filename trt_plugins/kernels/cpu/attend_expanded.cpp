@@ -81,7 +81,8 @@ void start(const PackedLatentAttention& weights, const LatentAttentionParams& p,
       weights.kernels().narrow(q + j, p.type, rounded, 1);
       weights.kernels().widen(rounded, p.type, q + j, 1);
     }
-    for (std::int64_t j = 0; j < key_dim; ++j) q[j] *= static_cast<double>(s.softmax_scale);
+    const double factor = query_factor(weights, h.row);
+    for (std::int64_t j = 0; j < key_dim; ++j) q[j] *= factor;
   }
   std::fill(h.largest, h.largest + padded, kNoScore);
   std::fill(h.total, h.total + padded, 0.0);

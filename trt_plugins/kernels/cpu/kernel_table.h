@@ -135,6 +135,7 @@ struct KernelTable {
   /// Conversions between `type` and float64.
   void (*widen)(const void* x, FloatType type, double* y, std::int64_t count);
   void (*narrow)(const double* x, FloatType type, void* y, std::int64_t count);
+  /// NaN if a value is not finite.
   double (*largest_magnitude)(const double* x, std::int64_t count);
   /// Digits to base 128 of round(x * unit), |x * unit| < 2**47: digit d of x[i] goes to
   /// digits[d * stride + i], zeros up to the next multiple of 8; their sums to sums[d].

@@ -1,7 +1,9 @@
 #include "latent_attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -126,6 +128,13 @@ void rotate(const double* x, const float* angles, std::int64_t dim, double* out)
     out[i] = x[i] * cosine - x[half + i] * sine;
     out[half + i] = x[half + i] * cosine + x[i] * sine;
   }
+}
+
+double query_factor(const PackedLatentAttention& weights, const double* q) {
+  const LatentAttentionShape& s = weights.shape();
+  const double largest = weights.kernels().largest_magnitude(q, s.nope_dim + s.rope_dim);
+  return std::isfinite(largest) ? static_cast<double>(s.softmax_scale)
+                                : std::numeric_limits<double>::quiet_NaN();
 }
 
 void latent_attention(const LatentAttentionWeights& weights, const LatentAttentionParams& p,

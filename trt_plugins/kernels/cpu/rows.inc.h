@@ -10,7 +10,8 @@ namespace {
 constexpr float kMinScale = 1e-5F;
 constexpr float kFp8Max = 448.0F;
 
-/// Puts the normed row into p.normed, zeros from k to k_pad, and returns its largest magnitude.
+/// Puts the normed row into p.normed, zeros from k to k_pad, and returns its largest magnitude: NaN
+/// if a value is not finite, so that it shows in the output.
 TINYLM_INLINE float norm_row(const RowParams& p) {
   const int64_t k = p.k;
   const int64_t full = k / 16 * 16;
@@ -34,19 +35,23 @@ TINYLM_INLINE float norm_row(const RowParams& p) {
     factor = static_cast<float>(1.0 / sqrt(square / static_cast<double>(k) + p.eps));
   }
   f32x16 top = {};
+  f32x16 poison = {};  // 0, or NaN
   float top_rest = 0.0F;
+  float poison_rest = 0.0F;
   const f32x16 factors = splat(factor);
   if (p.norm_weight != nullptr) {
     for (int64_t i = 0; i < full; i += 16) {
       const f32x16 v = load<f32x16>(x + i) * factors * load<f32x16>(p.norm_weight + i);
       store(p.normed + i, v);
       top = max(abs(v), top);
+      poison += v * 0.0F;
     }
   } else {
     for (int64_t i = 0; i < full; i += 16) {
       const f32x16 v = load<f32x16>(x + i);
       store(p.normed + i, v);
       top = max(abs(v), top);
+      poison += v * 0.0F;
     }
   }
   for (int64_t i = full; i < k; ++i) {
@@ -54,15 +59,17 @@ TINYLM_INLINE float norm_row(const RowParams& p) {
     p.normed[i] = v;
     const float magnitude = fabsf(v);
     top_rest = magnitude > top_rest ? magnitude : top_rest;
+    poison_rest += v * 0.0F;
   }
   for (int64_t i = k; i < p.k_pad; ++i) p.normed[i] = 0.0F;
+  for (int i = 0; i < 16; ++i) poison_rest += poison[i];
   const float found = largest(top);
-  return found > top_rest ? found : top_rest;
+  return (found > top_rest ? found : top_rest) + poison_rest;
 }
 
 float quantize_int8(const RowParams& p, int8_t* q, int32_t* total) {
   const float absmax = norm_row(p);
-  const float s = 127.0F / (absmax > kMinScale ? absmax : kMinScale);
+  const float s = 127.0F / (absmax < kMinScale ? kMinScale : absmax);
   i32x16 totals = {};
   for (int64_t i = 0; i < p.k_pad; i += 16) {
     const i32x16 v = clamp(round_to_int(load<f32x16>(p.normed + i) * s), -128, 127);
@@ -90,7 +97,7 @@ TINYLM_INLINE int32_t e4m3_times_512(float v) {
 
 float quantize_fp8(const RowParams& p, int8_t* q, int64_t stride, int32_t* total) {
   const float absmax = norm_row(p);
-  const float s = kFp8Max / (absmax > kMinScale ? absmax : kMinScale);
+  const float s = kFp8Max / (absmax < kMinScale ? kMinScale : absmax);
   int32_t sums[3] = {};
   for (int64_t i = 0; i < p.k_pad; ++i) {
     float v = p.normed[i] * s;
@@ -124,9 +131,12 @@ void finish_fp8(const int32_t* sums, int64_t plane, int64_t ld, int64_t m, int64
   }
 }
 
-TINYLM_INLINE f64x8 silu(f64x8 x) { return x / (splat(1.0) + exp(-x)); }
+/// x / (1 + e**-x), which is NaN for minus infinity, as in PyTorch and ONNX.
+TINYLM_INLINE f64x8 silu(f64x8 x) {
+  const f64x8 power = x < splat(-709.0) ? splat(HUGE_VAL) : exp(-x);
+  return x / (splat(1.0) + power);
+}
 
-/// Beyond 700, exp() stays at its limit: silu is x itself above and -0 in float32 below.
 void swiglu(const void* gate, const void* up, void* y, int64_t count, FloatType type) {
   int64_t i = 0;
   if (type == FloatType::kFloat) {

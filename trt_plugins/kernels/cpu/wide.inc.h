@@ -10,15 +10,21 @@ namespace {
 
 double largest_magnitude(const double* x, int64_t count) {
   f64x8 top = {};
+  f64x8 poison = {};  // 0, or NaN
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     const f64x8 v = load<f64x8>(x + i);
     top = max(max(v, -v), top);
+    poison += v * 0.0;
   }
   double largest = top[0];
+  double poisoned = sum(poison);
   for (int j = 1; j < 8; ++j) largest = top[j] > largest ? top[j] : largest;
-  for (; i < count; ++i) largest = fabs(x[i]) > largest ? fabs(x[i]) : largest;
-  return largest;
+  for (; i < count; ++i) {
+    largest = fabs(x[i]) > largest ? fabs(x[i]) : largest;
+    poisoned += x[i] * 0.0;
+  }
+  return largest + poisoned;
 }
 
 void to_digits(const double* x, int64_t count, double unit, int8_t* digits, int64_t stride,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace tinylm::cpu {
 namespace {
@@ -14,8 +15,9 @@ constexpr int kRows = 8;  // the digits and one row of zeros: the kernels take e
 FixedPoint fixed_point(double largest) {
   // Seven digits of -64 .. 63 hold 0.99 * 2**48.
   constexpr int kFraction = 7 * kWideDigits - 2;
+  if (!std::isfinite(largest)) return {0.0, std::numeric_limits<double>::quiet_NaN()};
   int exponent = 0;
-  if (largest > 0.0 && std::isfinite(largest)) std::frexp(largest, &exponent);
+  std::frexp(largest, &exponent);
   exponent = std::max(exponent, -900);  // so that both powers of two are finite
   return {std::ldexp(1.0, kFraction - exponent), std::ldexp(1.0, exponent - kFraction)};
 }

@@ -19,7 +19,7 @@ struct FixedPoint {
   double unit;   ///< 1 / steps
 };
 
-/// The fixed point for vectors whose largest magnitude is this; any for 0 and what is not finite.
+/// The fixed point for vectors whose largest magnitude is this; NaN gives a unit of NaN.
 FixedPoint fixed_point(double largest);
 
 /// Scratch that wide_linear() needs.
