@@ -70,6 +70,7 @@ def run_bench(
             directory=str(directory),
             checkpoint=str(source) if source else None,
             activation=info.activation,
+            lm_head=info.lm_head,
             prompt=_prompt(config, settings),
             new_tokens=settings.new_tokens,
             num_threads=settings.num_threads,

@@ -44,6 +44,7 @@ class WorkerSettings:
         directory: ONNX directory.
         checkpoint: The checkpoint it was exported from.
         activation: Number format of activations.
+        lm_head: Number format of the head.
         prompt: Token ids [B, S]; the rows are equally long.
         new_tokens: Decode steps after the prompt.
         num_threads: Threads within an op; None for the runtime's own choice.
@@ -53,6 +54,7 @@ class WorkerSettings:
     directory: str
     checkpoint: str | None
     activation: str
+    lm_head: str
     prompt: list[list[int]]
     new_tokens: int
     num_threads: int | None
@@ -62,7 +64,7 @@ def _torch_model(settings: WorkerSettings) -> TinyLM:
     assert settings.checkpoint is not None
     model = load_model(settings.checkpoint)
     model.set_activation(settings.activation)  # type: ignore[arg-type]
-    return model
+    return model.quantize_head() if settings.lm_head == "int8" else model
 
 
 def _pytorch(settings: WorkerSettings) -> Session:

@@ -46,6 +46,13 @@ class TaskChoice(str, enum.Enum):
     plain = "text-generation"
 
 
+class HeadChoice(str, enum.Enum):
+    """Values of ``--lm-head``."""
+
+    float32 = "float32"
+    int8 = "int8"
+
+
 class ActivationChoice(str, enum.Enum):
     """Values of ``--activation``."""
 
@@ -77,6 +84,9 @@ def onnx(
     all_logits: Annotated[
         bool, typer.Option("--all-logits", help="Logits at every position, not the last only.")
     ] = False,
+    lm_head: Annotated[
+        HeadChoice, typer.Option("--lm-head", help="Number format of the head.")
+    ] = HeadChoice.float32,
     prove: Annotated[
         bool,
         typer.Option("--parity", help="Then compare with PyTorch, as `tinylm-export parity` does."),
@@ -95,6 +105,7 @@ def onnx(
         task=task.value,
         activation=formats[activation],  # type: ignore[arg-type]
         all_logits=all_logits,
+        lm_head=lm_head.value,
     )
     for name in (ONNX_FILE, DATA_FILE):
         print(f"{path / name}: {(path / name).stat().st_size:,} bytes")

@@ -11,63 +11,10 @@ import onnx
 import onnx.parser
 
 from tinylm.errors import ExportError
+from tinylm_export.body_parts import NORM, QUANTIZE_FP8, QUANTIZE_INT8, UNPACK
 from tinylm_export.ops import DOMAIN, OPS, OPSET, Attribute
 
-# Types in Cast: 1 float, 2 uint8, 3 int8, 6 int32, 7 int64, 11 double, 17 float8e4m3fn.
-_NORM = """
-    {x}_wide = Cast <to = 11> ({x})
-    {x}_square = Mul ({x}_wide, {x}_wide)
-    {x}_mean = ReduceMean <keepdims = 1> ({x}_square, last_axis)
-    eps_float = Constant <value_float: float = @eps> ()
-    eps_wide = Cast <to = 11> (eps_float)
-    {x}_mean_eps = Add ({x}_mean, eps_wide)
-    {x}_rms = Sqrt ({x}_mean_eps)
-    {x}_inverse = Reciprocal ({x}_rms)
-    {x}_factor = Cast <to = 1> ({x}_inverse)
-    {x}_float = Cast <to = 1> ({x})
-    {x}_scaled = Mul ({x}_float, {x}_factor)
-    {x}_normed = Mul ({x}_scaled, {weight})
-"""
-
-_QUANTIZE_INT8 = """
-    magnitude = Abs ({x})
-    largest = ReduceMax <keepdims = 1> (magnitude, last_axis)
-    min_scale = Constant <value = float {{0.00001}}> ()
-    absmax = Max (largest, min_scale)
-    int8_max = Constant <value = float {{127}}> ()
-    int8_min = Constant <value = float {{-128}}> ()
-    s = Div (int8_max, absmax)
-    steps = Mul ({x}, s)
-    rounded = Round (steps)
-    clipped = Clip (rounded, int8_min, int8_max)
-    quantized = Cast <to = 3> (clipped)
-"""
-
-_QUANTIZE_FP8 = """
-    magnitude = Abs ({x})
-    largest = ReduceMax <keepdims = 1> (magnitude, last_axis)
-    min_scale = Constant <value = float {{0.00001}}> ()
-    absmax = Max (largest, min_scale)
-    fp8_max = Constant <value = float {{448}}> ()
-    fp8_min = Constant <value = float {{-448}}> ()
-    s = Div (fp8_max, absmax)
-    steps = Mul ({x}, s)
-    clipped = Clip (steps, fp8_min, fp8_max)
-    rounded = Cast <to = 17> (clipped)
-    quantized = Cast <to = 1> (rounded)
-"""
-
-# The four codes of each byte. A table rather than shifts and masks: ONNX Runtime computes the codes
-# when it loads the model, and holds every step of that at once.
-_CODES_OF_BYTE = ", ".join(str((byte >> s & 3) - 1) for byte in range(256) for s in (0, 2, 4, 6))
-
-_UNPACK = f"""
-    codes_of_byte = Constant <value = int8[256, 4] {{{{{_CODES_OF_BYTE}}}}}> ()
-    rows_by_rest = Constant <value_ints = [0, -1]> ()
-    bytes = Cast <to = 6> ({{weight}})
-    code_groups = Gather (codes_of_byte, bytes)
-    codes = Reshape (code_groups, rows_by_rest)
-"""
+_LAST_AXIS = "    last_axis = Constant <value_ints = [-1]> ()\n"
 
 _BIT_LINEAR_INT8 = """
     codes_t = Transpose <perm = [1, 0]> (codes)
@@ -86,7 +33,13 @@ _BIT_LINEAR_FP8 = """
     accumulator_float = Add (whole_sum, rest_sum)
 """
 
-_BIT_LINEAR_END = """
+_INT8_LINEAR = """
+    weight_t = Transpose <perm = [1, 0]> (weight)
+    accumulator = MatMulInteger (quantized, weight_t)
+    accumulator_float = Cast <to = 1> (accumulator)
+"""
+
+_LINEAR_END = """
     scaled = Mul (accumulator_float, weight_scale)
     dequantized = Div (scaled, s)
     y = CastLike (dequantized, x)
@@ -324,9 +277,9 @@ _MLA_END = """
 
 def _flash_mla() -> str:
     head = _MLA_SIZES + _MLA_ROTATE
-    norm = _NORM.format(x="latent_raw", weight="kv_norm_weight")
-    quantize = _QUANTIZE_INT8.format(x="latent_raw_normed")
-    unpack = _UNPACK.format(weight="kv_b")
+    norm = NORM.format(x="latent_raw", weight="kv_norm_weight")
+    quantize = QUANTIZE_INT8.format(x="latent_raw_normed")
+    unpack = UNPACK.format(weight="kv_b")
     branches = (
         "    y_heads = If (is_step) <\n"
         f"      then_branch = absorbed () => (double[B, H, S, V] y_absorbed) {{{_MLA_ABSORBED}}},\n"
@@ -337,20 +290,29 @@ def _flash_mla() -> str:
 
 
 def _bit_linear(activation: str, *, norm: bool) -> str:
-    last_axis = "    last_axis = Constant <value_ints = [-1]> ()\n"
     middle = {
-        "int8": (_QUANTIZE_INT8, _BIT_LINEAR_INT8),
-        "fp8_e4m3": (_QUANTIZE_FP8, _BIT_LINEAR_FP8),
+        "int8": (QUANTIZE_INT8, _BIT_LINEAR_INT8),
+        "fp8_e4m3": (QUANTIZE_FP8, _BIT_LINEAR_FP8),
     }
     if activation not in middle:
         raise ExportError(f"activation must be one of {', '.join(middle)}, found {activation!r}.")
     quantize, product = middle[activation]
+    start, source = _source(norm=norm)
+    unpack = UNPACK.format(weight="weight")
+    return _LAST_AXIS + start + quantize.format(x=source) + unpack + product + _LINEAR_END
+
+
+def _int8_linear(*, norm: bool) -> str:
+    start, source = _source(norm=norm)
+    quantize = QUANTIZE_INT8.format(x=source)
+    return _LAST_AXIS + start + quantize + _INT8_LINEAR + _LINEAR_END
+
+
+def _source(*, norm: bool) -> tuple[str, str]:
+    """Return the steps from x to what is quantised, and its name."""
     if norm:
-        start, source = _NORM.format(x="x", weight="norm_weight"), "x_normed"
-    else:
-        start, source = "    x_float = Cast <to = 1> (x)\n", "x_float"
-    unpack = _UNPACK.format(weight="weight")
-    return last_axis + start + quantize.format(x=source) + unpack + product + _BIT_LINEAR_END
+        return NORM.format(x="x", weight="norm_weight"), "x_normed"
+    return "    x_float = Cast <to = 1> (x)\n", "x_float"
 
 
 def _attribute(attribute: Attribute) -> str:
@@ -376,21 +338,29 @@ def _function(op: str, body: str) -> onnx.FunctionProto:
     return function
 
 
-def function_bodies(activation: str, *, norm: bool = True) -> list[onnx.FunctionProto]:
-    """Return the functions that a model with one activation format needs.
+def function_body(op: str, activation: str = "int8", *, norm: bool = True) -> onnx.FunctionProto:
+    """Return the function of one op.
 
-    A function body can't branch on a string or on whether an input is there, so the body of
-    BitLinear is made for the variant that the model uses.
+    A function body can't branch on a string or on whether an input is there, so the bodies of
+    BitLinear and Int8Linear are made for the variant that the model uses.
 
     Args:
-        activation: ``"int8"`` or ``"fp8_e4m3"``.
-        norm: Whether BitLinear gets ``norm_weight``.
+        op: Name of an op of the contract.
+        activation: ``"int8"`` or ``"fp8_e4m3"``; read by BitLinear only.
+        norm: Whether the op gets ``norm_weight``, where it may.
 
     Raises:
         ExportError: Unknown activation format.
     """
-    return [
-        _function("BitLinear", _bit_linear(activation, norm=norm)),
-        _function("FlashMLA", _flash_mla()),
-        _function("SwiGLU", _SWIGLU),
-    ]
+    bodies = {
+        "BitLinear": lambda: _bit_linear(activation, norm=norm),
+        "FlashMLA": _flash_mla,
+        "SwiGLU": lambda: _SWIGLU,
+        "Int8Linear": lambda: _int8_linear(norm=norm),
+    }
+    return _function(op, bodies[op]())
+
+
+def function_bodies(activation: str, *, norm: bool = True) -> list[onnx.FunctionProto]:
+    """Return the functions of all ops; see :func:`function_body`."""
+    return [function_body(op, activation, norm=norm) for op in OPS]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # The inputs of each op that hold packed weights and their row scales.
 _PACKED_INPUTS = {"BitLinear": ("weight", "weight_scale"), "FlashMLA": ("kv_b", "kv_b_scale")}
+_INT8_HEAD = ("lm_head.weight", "lm_head.weight_scale")
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _SUFFIX = ".weight"
 _HINT = "Export the checkpoint again with `tinylm-export onnx CKPT --out DIR`."
@@ -165,6 +166,14 @@ def inspect_onnx(directory: str | Path) -> ModelReport:
         and value.const_value.dtype == ir.DataType.FLOAT
         and len(value.const_value.shape) > 0
     ]
+    head = [
+        value.const_value
+        for name, value in graph.initializers.items()
+        if info.lm_head == "int8" and name in _INT8_HEAD and value.const_value is not None
+    ]
+    plain = [tensor for tensor in plain if all(tensor is not t for t in head)]
+    # A tied head's codes are the embedding's parameters a second time.
+    own = [] if config.tie_embeddings else [t for t in head if t.name in _EMBEDDINGS]
     embeddings = [tensor for tensor in plain if tensor.name in _EMBEDDINGS]
     return ModelReport(
         directory=str(directory),
@@ -174,9 +183,9 @@ def inspect_onnx(directory: str | Path) -> ModelReport:
         file_sizes={p.name: p.stat().st_size for p in sorted(directory.iterdir()) if p.is_file()},
         layers=layers,
         num_parameters=sum(layer.num_weights for layer in layers)
-        + sum(int(tensor.size) for tensor in plain),
-        num_embedding_parameters=sum(int(tensor.size) for tensor in embeddings),
-        embedding_bytes=sum(int(tensor.nbytes) for tensor in embeddings),
+        + sum(int(tensor.size) for tensor in [*plain, *own]),
+        num_embedding_parameters=sum(int(tensor.size) for tensor in [*embeddings, *own]),
+        embedding_bytes=sum(int(tensor.nbytes) for tensor in [*embeddings, *head]),
         cache_bytes_per_token=LatentCache(config, 1, 1, device="meta").num_bytes(),
     )
 

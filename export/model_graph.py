@@ -15,11 +15,12 @@ import onnx_ir as ir
 
 from tinylm.bitlinear import BitLinear, PackedBitLinear
 from tinylm.errors import ExportError
+from tinylm.int8_linear import Int8Linear
 from tinylm.model import DecoderLayer
 from tinylm.norm import RMSNorm
 from tinylm_export.function_bodies import function_bodies
 from tinylm_export.graph_builder import GraphBuilder
-from tinylm_export.ops import IR_VERSION
+from tinylm_export.ops import INT8_LINEAR, IR_VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,8 @@ def build_onnx(
     """Build the ONNX model.
 
     Args:
-        model: A float or packed model; its config's ``activation`` chooses the number format.
+        model: A float or packed model; its config's ``activation`` chooses the number format, and
+            ``model.quantize_head()`` before makes the head ``tinylm::Int8Linear``.
         task: ``"text-generation-with-past"`` (latent cache as inputs and outputs) or
             ``"text-generation"`` (``input_ids``, ``attention_mask`` -> ``logits``).
         all_logits: Give logits [B, S, V] rather than [B, V] at each row's last valid token;
@@ -93,13 +95,18 @@ def build_onnx(
         assert isinstance(layer, DecoderLayer)
         x, present = _decoder_layer(g, f"layers.{index}", layer, x, context, index, model)
         presents.append(present)
-    x = _rms_norm(g, "norm", x, model.norm, config.hidden_size)
+    if not isinstance(model.lm_head, Int8Linear):  # which has the norm in it
+        x = _rms_norm(g, "norm", x, model.norm, config.hidden_size)
     g.output(_head(g, model, x, order, context.seq_lens, all_logits), "logits")
     if with_past:
         for index, present in enumerate(presents):
             for value, kind in zip(present, ("latent", "scale", "rope"), strict=True):
                 g.output(value, f"present.{index}.{kind}")
-    functions = [ir.serde.deserialize_function(f) for f in function_bodies(config.activation)]
+    functions = [
+        ir.serde.deserialize_function(body)
+        for body in function_bodies(config.activation)
+        if body.name != INT8_LINEAR.name or isinstance(model.lm_head, Int8Linear)
+    ]
     return ir.Model(
         g.graph(),
         ir_version=IR_VERSION,
@@ -307,7 +314,8 @@ def _head(
     index_shape: list[int | str] = ["batch", "length", 1]
     tied = config.tie_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
-    weight = g.initializer(name, _array(model.lm_head.weight))
+    int8 = isinstance(model.lm_head, Int8Linear)
+    weight = None if int8 else g.initializer(name, _array(model.lm_head.weight))
     if not all_logits:
         one = g.initializer("one_int32", np.array(1, dtype=np.int32))
         zero = g.initializer("zero_int32", np.array(0, dtype=np.int32))
@@ -317,11 +325,33 @@ def _head(
         last = g.node("Unsqueeze", [last, axis], f"{SELECT_LAST}.column", I64, ["batch", 1])
         rows: list[int | str] = ["batch", config.hidden_size]
         x = g.node("GatherND", [x, last], SELECT_LAST, F32, rows, batch_dims=1)
+        if weight is None:
+            return _int8_head(g, model, x, ["batch"])
         return g.node("Gemm", [x, weight], "lm_head", F32, ["batch", config.vocab_size], transB=1)
     if order is not None:
         index = g.node("Unsqueeze", [order, axis], "restore.index", I64, index_shape)
         x = g.node("GatherND", [x, index], "restore", F32, full, batch_dims=1)
+    if weight is None:
+        return _int8_head(g, model, x, ["batch", "length"])
     return add_all_logits(g, x, weight, config.hidden_size, config.vocab_size)
+
+
+def _int8_head(g: GraphBuilder, model: TinyLM, x: ir.Value, rows: list[int | str]) -> ir.Value:
+    """Add the int8 head with the final norm in it: x [*rows, hidden] -> logits [*rows, V]."""
+    head = model.lm_head
+    assert isinstance(head, Int8Linear)
+    return g.custom(
+        "Int8Linear",
+        [
+            x,
+            g.initializer("lm_head.weight", head.weight.cpu().numpy()),
+            g.initializer("lm_head.weight_scale", _array(head.weight_scale)),
+            g.initializer("norm.weight", _array(model.norm.weight)),
+        ],
+        "lm_head",
+        [(F32, [*rows, model.config.vocab_size])],
+        eps=model.norm.eps,
+    )[0]
 
 
 def add_all_logits(

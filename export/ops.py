@@ -134,7 +134,23 @@ SWIGLU = OpSpec(
     attributes=(),
 )
 
-OPS: dict[str, OpSpec] = {spec.name: spec for spec in (BIT_LINEAR, FLASH_MLA, SWIGLU)}
+INT8_LINEAR = OpSpec(
+    name="Int8Linear",
+    doc=(
+        "RMSNorm (if norm_weight is given), int8 quantisation per token, product with int8 "
+        "weights, scale: y = float(q . weight) * weight_scale / s. The sum is exact, in int32."
+    ),
+    inputs=(
+        Parameter("x", "T", "[..., K]", "input"),
+        Parameter("weight", "tensor(int8)", "[N, K]", "codes, -127 to 127"),
+        Parameter("weight_scale", "tensor(float)", "[N]", "scale of each row"),
+        Parameter("norm_weight", "tensor(float)", "[K]", "RMSNorm weight", optional=True),
+    ),
+    outputs=(Parameter("y", "T", "[..., N]", "output"),),
+    attributes=(Attribute("eps", "float", "added to the mean square in RMSNorm", 1e-5),),
+)
+
+OPS: dict[str, OpSpec] = {spec.name: spec for spec in (BIT_LINEAR, FLASH_MLA, SWIGLU, INT8_LINEAR)}
 
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

@@ -17,6 +17,7 @@ from tinylm.errors import DataError
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
+from tinylm_export.head_effect import head_effect
 from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.machine import describe_machine
 from tinylm_export.op_probe import (
@@ -274,19 +275,25 @@ def run_parity(
             )
         )
     yardstick = _yardstick(model, batch, rows_at_once, logits)
+    head = None
+    if info.lm_head == "int8":
+        plain = dataclasses.replace(info, lm_head="float32")
+        whole = _load_reference(directory, plain, checkpoint)
+        head = head_effect(whole, _row_batches(batch, rows_at_once), logits)
     return ParityReport(
         model={"num_parameters": model.num_parameters(), **model.config.to_dict()},
         data={"num_rows": len(batch.seq_lens), "longest_row": length, **(data or {})},
         machine=describe_machine(),
         runtimes=runtimes,
         yardstick=yardstick,
+        head=head,
     )
 
 
 def _load_reference(directory: Path, info: ExportInfo, checkpoint: str | Path | None) -> TinyLM:
     model = load_model(source_checkpoint(directory, info, checkpoint))
     model.set_activation(info.activation)  # type: ignore[arg-type]
-    return model
+    return model.quantize_head() if info.lm_head == "int8" else model
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def run_reference(model: TinyLM, input_ids: Tensor, seq_lens: Tensor) -> Referen
     handles = []
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind not in ("RMSNorm", "BitLinear", "PackedBitLinear", "Embedding", "DecoderLayer"):
+        if kind not in _HOOKED:
             continue
 
         def keep(_module: object, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
@@ -58,6 +58,7 @@ def bit_linear_names(model: TinyLM) -> list[str]:
 
 
 _BIT_LINEARS = ("BitLinear", "PackedBitLinear")
+_HOOKED = (*_BIT_LINEARS, "RMSNorm", "Embedding", "DecoderLayer", "Int8Linear")
 
 
 def _by_node(
@@ -77,5 +78,6 @@ def _by_node(
         values[f"{mlp}.swiglu"] = inputs[f"{mlp}.ffn_sub_norm"]
         values[f"{mlp}.down_proj"] = outputs[f"{mlp}.down_proj"]
         values[f"{mlp}.residual"] = outputs[layer]
-    values["norm"] = outputs["norm"]
+    last = "lm_head" if "lm_head" in outputs else "norm"  # an int8 head has the norm in it
+    values[last] = outputs[last]
     return values

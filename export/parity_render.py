@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinylm_export.parity_report import LogitAgreement, ParityReport, RuntimeReport
+from tinylm_export.parity_report import HeadEffect, LogitAgreement, ParityReport, RuntimeReport
 from tinylm_export.tolerances import TOLERANCES, limit
 
 _FLOOR = 1e-9  # where a difference of exactly zero stands on a logarithmic axis
@@ -24,6 +24,8 @@ def render(report: ParityReport) -> RenderableType:
     for runtime in report.runtimes:
         parts.append(_bit_linear_table(runtime))
         parts.append(_layer_line(runtime))
+    if report.head is not None:
+        parts.append(_head_line(report.head))
     return Group(*parts)
 
 
@@ -102,6 +104,14 @@ def _layer_line(runtime: RuntimeReport) -> Text:
     return Text(
         f"{runtime.runtime}: no node departs; {equal} of {len(runtime.layers)} node outputs equal "
         "PyTorch's bit for bit."
+    )
+
+
+def _head_line(head: HeadEffect) -> Text:
+    return Text(
+        f"PyTorch, float32 and int8 head, {head.num_tokens:,} tokens: loss {head.float32_loss:.5f} "
+        f"and {head.int8_loss:.5f} nats, perplexity {head.float32_perplexity:.4f} and "
+        f"{head.int8_perplexity:.4f} ({head.int8_perplexity - head.float32_perplexity:+.4f})."
     )
 
 

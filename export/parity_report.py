@@ -127,6 +127,25 @@ class RuntimeReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadEffect:
+    """What an int8 head costs in quality: PyTorch with either head on parity's tokens.
+
+    Attributes:
+        num_tokens: Predicted tokens.
+        float32_loss: Mean negative log likelihood with the float32 head, in nats.
+        int8_loss: The same with the int8 head.
+        float32_perplexity: ``exp(float32_loss)``.
+        int8_perplexity: ``exp(int8_loss)``.
+    """
+
+    num_tokens: int
+    float32_loss: float
+    int8_loss: float
+    float32_perplexity: float
+    int8_perplexity: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """The whole comparison.
 
@@ -136,6 +155,7 @@ class ParityReport:
         machine: Processor and library versions.
         runtimes: One report a runtime.
         yardstick: PyTorch with ordinary float32 arithmetic against itself; informative.
+        head: What the int8 head costs; None where the head is float32.
     """
 
     model: dict[str, Any]
@@ -143,6 +163,7 @@ class ParityReport:
     machine: dict[str, Any]
     runtimes: list[RuntimeReport]
     yardstick: LogitAgreement
+    head: HeadEffect | None = None
 
     @property
     def passed(self) -> bool:

@@ -71,6 +71,8 @@ class OrtRuntime:
             }
             for i in range(config.num_layers):
                 feeds |= {f"past.{i}.{part}": t.numpy() for part, t in shapes.items()}
-        names = ["logits", *(self._value_names[node] for node in nodes)]
-        results = self._inner.run(names, feeds)
-        return dict(zip(["logits", *nodes], map(torch.from_numpy, results), strict=True))
+        # The head's output is both a node's and the logits.
+        names = list(dict.fromkeys(["logits", *self._value_names.values()]))
+        results = map(torch.from_numpy, self._inner.run(names, feeds))
+        values = dict(zip(names, results, strict=True))
+        return {"logits": values["logits"]} | {n: values[self._value_names[n]] for n in nodes}

@@ -31,6 +31,7 @@ from tinylm_export.ops import register_onnx_schemas
 ONNX_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 EXPORT_FILE = "export.json"
+LM_HEADS = ("float32", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class ExportInfo:
         task: See :func:`tinylm_export.model_graph.build_onnx`.
         activation: Number format of activations.
         all_logits: Whether the graph gives logits at every position.
+        lm_head: Number format of the head, one of :data:`LM_HEADS`.
     """
 
     checkpoint: str
@@ -50,6 +52,7 @@ class ExportInfo:
     task: str
     activation: str
     all_logits: bool
+    lm_head: str = "float32"  # older exports do not say
 
     @classmethod
     def load(cls, directory: Path) -> ExportInfo:
@@ -103,6 +106,7 @@ def export_onnx(
     task: str = "text-generation-with-past",
     activation: Activation | None = None,
     all_logits: bool = False,
+    lm_head: str = "float32",
 ) -> Path:
     """Export a checkpoint to an ONNX directory.
 
@@ -115,6 +119,7 @@ def export_onnx(
         task: ``"text-generation-with-past"`` or ``"text-generation"``.
         activation: Number format of activations; default the checkpoint's.
         all_logits: Logits at every position rather than at each row's last.
+        lm_head: Number format of the head, ``"float32"`` or ``"int8"``.
 
     Returns:
         The ONNX directory.
@@ -123,11 +128,15 @@ def export_onnx(
         CheckpointError: The checkpoint can't be loaded.
         ExportError: Bad options, or ``out`` holds something else.
     """
+    if lm_head not in LM_HEADS:
+        raise ExportError(f"lm_head must be one of {', '.join(LM_HEADS)}, found {lm_head!r}.")
     source = resolve_checkpoint(checkpoint)
     out = Path(out)
     model = load_model(source)
     if activation is not None:
         model.set_activation(activation)
+    if lm_head == "int8":
+        model.quantize_head()
     onnx_model = build_onnx(model, task=task, all_logits=all_logits)
     info = ExportInfo(
         checkpoint=os.path.relpath(source.resolve(), out.resolve()),
@@ -135,6 +144,7 @@ def export_onnx(
         task=task,
         activation=model.config.activation,
         all_logits=all_logits or task == "text-generation",
+        lm_head=lm_head,
     )
     with written_whole(out, marker=ONNX_FILE, error=ExportError) as temporary:
         save_onnx(onnx_model, temporary)

@@ -1,8 +1,8 @@
 """The ops of the contract as PyTorch custom ops, and their way into a traced ONNX export.
 
-``torch.ops.tinylm.bit_linear``, ``flash_mla`` and ``swiglu`` compute what the ONNX function bodies
-and the native kernels compute, from the same packed weights: results of an exported graph can be
-asked of PyTorch. A module of your own that calls them is exported so::
+``torch.ops.tinylm.bit_linear``, ``flash_mla``, ``swiglu`` and ``int8_linear`` compute what the
+ONNX function bodies and the native kernels compute, from the same packed weights: results of an
+exported graph can be asked of PyTorch. A module of your own that calls them is exported so::
 
     program = torch.onnx.export(
         module, args, dynamo=True, opset_version=OPSET,
@@ -36,11 +36,16 @@ from tinylm.latent_attention import (
 from tinylm.latent_cache import LatentCache
 from tinylm.norm import rms_norm
 from tinylm.packing import unpack
-from tinylm.quantization import accumulate, dequantize, quantize_activation
-from tinylm_export.function_bodies import function_bodies
+from tinylm.quantization import accumulate, accumulate_int8, dequantize, quantize_activation
+from tinylm_export.function_bodies import function_body
 from tinylm_export.ops import DOMAIN, OPS, OPSET, VERSION, OpSpec, register_onnx_schemas
 
-TORCH_NAMES = {"BitLinear": "bit_linear", "FlashMLA": "flash_mla", "SwiGLU": "swiglu"}
+TORCH_NAMES = {
+    "BitLinear": "bit_linear",
+    "FlashMLA": "flash_mla",
+    "SwiGLU": "swiglu",
+    "Int8Linear": "int8_linear",
+}
 _TORCH_TYPES = {"int": "int", "float": "float", "string": "str"}
 
 
@@ -189,6 +194,39 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate.double()).to(gate.dtype) * up
 
 
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Norm if asked for, quantise per token, multiply by int8 codes, scale.
+
+    Args:
+        x: Floating point [..., K].
+        weight: int8 [N, K].
+        weight_scale: float32 [N].
+        norm_weight: float32 [K], or None for an input that is normed already.
+        eps: Added to the mean square.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: The shapes don't fit each other.
+    """
+    inputs, outputs = x.shape[-1], weight_scale.shape[0]
+    _require("weight", weight, [outputs, inputs], torch.int8)
+    normed = x.float()
+    if norm_weight is not None:
+        _require("norm_weight", norm_weight, [inputs])
+        normed = rms_norm(x, norm_weight, float32(eps))
+    q, s = quantize_activation(normed, "int8")
+    return dequantize(accumulate_int8(q, weight).float(), weight_scale, s).to(x.dtype)
+
+
 def _require(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype | None = None) -> None:
     if list(tensor.shape) != shape or dtype not in (None, tensor.dtype):
         expected = f"{dtype} {shape}" if dtype else f"{shape}"
@@ -198,7 +236,7 @@ def _require(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype | N
         )
 
 
-def _fake_bit_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -214,9 +252,10 @@ def _fake_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _register() -> None:
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "BitLinear": (_bit_linear, _fake_bit_linear),
+        "BitLinear": (_bit_linear, _fake_linear),
         "FlashMLA": (_flash_mla, _fake_flash_mla),
         "SwiGLU": (_swiglu, _fake_swiglu),
+        "Int8Linear": (_int8_linear, _fake_linear),
     }
     for name, (real, fake) in implementations.items():
         op = torch.library.custom_op(
@@ -282,7 +321,7 @@ def add_function_bodies(model: ir.Model) -> ir.Model:
 
     Raises:
         ExportError: Another operator set than the bodies are written in, an op that the contract
-            does not know, or BitLinear in two variants, which can't share one body.
+            does not know, or BitLinear or Int8Linear in two variants, which can't share one body.
     """
     everywhere = ir.traversal.RecursiveGraphIterator(model.graph)  # also inside If and Loop
     nodes = [node for node in everywhere if node.domain == DOMAIN]
@@ -298,23 +337,28 @@ def add_function_bodies(model: ir.Model) -> ir.Model:
             f"the function bodies need ONNX operator set {OPSET}, the model has {found}. "
             f"Export it with opset_version={OPSET}."
         )
-    variants = {_variant(node): node for node in nodes if node.op_type == "BitLinear"}
+    for op in dict.fromkeys(node.op_type for node in nodes):
+        activation, norm = _only_variant(op, [node for node in nodes if node.op_type == op])
+        function = ir.serde.deserialize_function(function_body(op, activation, norm=norm))
+        model.functions[function.identifier()] = function
+    return model
+
+
+def _only_variant(op: str, nodes: list[ir.Node]) -> tuple[str, bool]:
+    """Return the activation format of an op's nodes and whether they have a norm_weight."""
+    if not any(item.name == "norm_weight" for item in OPS[op].inputs):
+        return "int8", True  # the op has one variant
+    variants = {_variant(node): node for node in nodes}
     if len(variants) > 1:
         listed = ", ".join(
             f"{node.name!r} {activation} {'with' if norm else 'without'} norm_weight"
             for (activation, norm), node in variants.items()
         )
         raise ExportError(
-            "every BitLinear of a model must have the same activation format and all or none a "
+            f"every {op} of a model must have the same activation format and all or none a "
             f"norm_weight, because they share one function body; found {listed}."
         )
-    activation, norm = next(iter(variants), ("int8", True))
-    used = {node.op_type for node in nodes}
-    for proto in function_bodies(activation, norm=norm):
-        if proto.name in used:
-            function = ir.serde.deserialize_function(proto)
-            model.functions[function.identifier()] = function
-    return model
+    return next(iter(variants))
 
 
 def _variant(node: ir.Node) -> tuple[str, bool]:

@@ -82,6 +82,9 @@ def evaluate_command(
     skip_bad_lines: SkipBadLines = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    lm_head: Annotated[
+        str, typer.Option("--lm-head", help="float32, or int8 to measure what it costs.")
+    ] = "float32",
     json: Json = None,
 ) -> None:
     """Measure token perplexity and bits per byte on a file.
@@ -94,24 +97,40 @@ def evaluate_command(
 
     from tinylm.data import PackedSequences, load_corpus
     from tinylm.device import precision_context
-    from tinylm.evaluate import evaluate, ternary_codes, ternary_statistics
+    from tinylm.errors import ConfigError
+    from tinylm.evaluate import EvalResult, evaluate, ternary_codes, ternary_statistics
 
+    if lm_head not in ("float32", "int8"):
+        raise ConfigError(f"--lm-head must be float32 or int8, found {lm_head!r}.")
     directory, model, tokenizer, chosen = _load(checkpoint, device)
-    context = precision_context(precision, chosen)
     corpus = load_corpus(file, tokenizer, skip_bad_lines=skip_bad_lines)
     stderr = Console(stderr=True)
     with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
-        task = bar.add_task("evaluating", total=None)
-        result = evaluate(
-            model,
-            PackedSequences(corpus, model.config.max_seq_len),
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            precision=context,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if result is None:
-        raise RuntimeError("an evaluation that nothing stops has a result")
+
+        def measure(text: str) -> EvalResult:
+            task = bar.add_task(text, total=None)
+            result = evaluate(
+                model,
+                PackedSequences(corpus, model.config.max_seq_len),
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                precision=precision_context(precision, chosen),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+            if result is None:
+                raise RuntimeError("an evaluation that nothing stops has a result")
+            return result
+
+        result = measure("evaluating")
+        head: dict[str, float] = {}
+        if lm_head == "int8":
+            model.quantize_head()
+            int8 = measure("evaluating the int8 head")
+            head = {
+                "int8_head_loss": int8.loss,
+                "int8_head_perplexity": int8.perplexity,
+                "int8_head_perplexity_difference": int8.perplexity - result.perplexity,
+            }
     values = {
         "checkpoint": str(directory),
         "file": str(file),
@@ -121,6 +140,7 @@ def evaluate_command(
         "num_bytes": corpus.num_bytes,
         "num_skipped": corpus.num_skipped,
         **ternary_statistics(ternary_codes(model)),
+        **head,
     }
     _print_evaluation(values)
     write_json(json, values)
@@ -146,6 +166,12 @@ def _print_evaluation(values: dict[str, Any]) -> None:
         ),
     }.items():
         table.add_row(name, text)
+    if "int8_head_loss" in values:
+        difference = values["int8_head_perplexity_difference"]
+        table.add_row(
+            "token perplexity, int8 head",
+            f"{values['int8_head_perplexity']:.4f} ({difference:+.4f})",
+        )
     Console().print(table)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tinylm.attention import FlashMLA
 from tinylm.bitlinear import BitLinear, PackedBitLinear
 from tinylm.config import Activation, ModelConfig
+from tinylm.int8_linear import Int8Linear
 from tinylm.latent_attention import rotary_angles
 from tinylm.latent_cache import LatentCache
 from tinylm.norm import RMSNorm
@@ -113,9 +114,10 @@ class TinyLM(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            head.weight = self.embed_tokens.weight
+        self.lm_head: nn.Linear | Int8Linear = head
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -302,6 +304,15 @@ class TinyLM(nn.Module):
         for name, layer in self.bit_linears().items():
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, PackedBitLinear.from_bit_linear(layer))
+        return self.eval()
+
+    def quantize_head(self) -> TinyLM:
+        """Replace the head by its int8 form, in place, and return the model.
+
+        The model is for inference from then on. The embedding stays float32, tied or not.
+        """
+        if isinstance(self.lm_head, nn.Linear):
+            self.lm_head = Int8Linear.from_linear(self.lm_head)
         return self.eval()
 
     def set_attention_backend(self, name: str) -> None:

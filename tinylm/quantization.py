@@ -20,6 +20,7 @@ from tinylm.errors import ConfigError
 MIN_SCALE = 1e-5
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+_ROWS_AT_ONCE = 4096
 MAX_EXACT_K = 2**24 // 448  # K up to which float32 holds every sum, in both formats
 
 
@@ -69,6 +70,45 @@ def quantize_activation(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         q = (x * s).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return q.float(), s
     raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}.")
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight matrix to int8 with one scale a row (absmax), for :class:`Int8Linear`.
+
+    ``scale_n = max(|W_n|max, 1e-5) / 127``, ``code = clamp(round(W_n / scale_n), -127, 127)``.
+
+    Args:
+        weight: Floating point [N, K].
+
+    Returns:
+        codes: int8 [N, K]; -128 does not occur.
+        scale: float32 [N]; ``codes * scale[:, None]`` approximates ``weight``.
+    """
+    weight = weight.float()
+    absmax = weight.abs().amax(dim=1).clamp_min(MIN_SCALE)  # [N]
+    scale = absmax.div(torch.full_like(absmax, INT8_MAX))  # tensor / 127 may round twice
+    codes = (weight / scale[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scale
+
+
+def accumulate_int8(q: Tensor, codes: Tensor) -> Tensor:
+    """Compute ``q . code`` for int8 codes, exactly.
+
+    float32 holds such sums only up to 2**24, which K = 1024 may reach; float64 holds all.
+
+    Args:
+        q: int8 values in float32 [..., K].
+        codes: int8 [N, K], K at most 65536, so that int32 holds every sum.
+
+    Returns:
+        int32 [..., N].
+    """
+    wide = q.double()
+    parts = [
+        F.linear(wide, rows.double()).to(torch.int32)  # not all of codes at once in float64
+        for rows in codes.split(_ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def storage_dtype(activation: str) -> torch.dtype:

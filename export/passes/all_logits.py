@@ -6,13 +6,15 @@ import onnx_ir as ir
 
 from tinylm.errors import ExportError
 from tinylm_export.graph_builder import GraphBuilder
-from tinylm_export.model_graph import SELECT_LAST, add_all_logits
+from tinylm_export.model_graph import F32, SELECT_LAST, add_all_logits
+from tinylm_export.ops import INT8_LINEAR
 
 
 def expose_all_logits(model: ir.Model) -> ir.Model:
     """Rewrite ``logits`` [B, V] to [B, S, V], in place, and return the model.
 
-    Pattern: ``norm -> GatherND "last_token" -> Gemm "lm_head" -> logits``. A graph that gives all
+    Pattern: ``norm -> GatherND "last_token" -> Gemm "lm_head" -> logits``, or the same with an
+    Int8Linear "lm_head", whose input is not normed yet. A graph that gives all
     logits already is left as it is.
 
     Raises:
@@ -37,7 +39,13 @@ def expose_all_logits(model: ir.Model) -> ir.Model:
 
     tail = GraphBuilder("tail")
     logits.name = "last_logits"
-    new = add_all_logits(tail, hidden, weight, hidden_size, vocab_size)
+    if head.op_type == INT8_LINEAR.name:
+        inputs = [hidden, *(value for value in head.inputs[1:] if value is not None)]
+        out: list[int | str] = ["batch", "length", vocab_size]
+        eps = head.attributes["eps"].as_float()
+        new = tail.custom(INT8_LINEAR.name, inputs, "lm_head", [(F32, out)], eps=eps)[0]
+    else:
+        new = add_all_logits(tail, hidden, weight, hidden_size, vocab_size)
     new.name = "logits"
     graph.outputs[0] = new
     doomed = [n for name, n in nodes.items() if n is head or name.startswith(SELECT_LAST)]
