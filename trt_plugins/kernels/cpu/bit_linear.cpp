@@ -22,6 +22,7 @@ struct Quantized {
   std::int64_t plane = 0;             // rows from one digit to the next
   std::int32_t* correction = nullptr; // [planes * plane]
   float* s = nullptr;                 // [m]
+  float* s_inverse = nullptr;         // [m]
 };
 
 /// Takes the caller's scratch for `planes` digits of m rows.
@@ -32,8 +33,9 @@ Quantized allocate(std::int64_t m, std::int64_t k_pad, int planes) {
   const std::int64_t all = planes * m;
   // The tiles read whole groups of 32 rows.
   rows.q = scratch_of<std::int8_t>(Scratch::kQuantized, round_up(all, 32) * rows.ldq);
-  rows.correction = scratch_of<std::int32_t>(Scratch::kRowScales, all + m);
+  rows.correction = scratch_of<std::int32_t>(Scratch::kRowScales, all + 2 * m);
   rows.s = reinterpret_cast<float*>(rows.correction + all);
+  rows.s_inverse = rows.s + m;
   return rows;
 }
 
@@ -52,6 +54,7 @@ void quantize_row(const PackedLinear& weights, const LinearParams& p, const Quan
   const KernelTable& kernels = weights.kernels();
   if (p.activation == Activation::kInt8) {
     rows.s[row] = kernels.quantize_int8(r, q, &rows.correction[row]);
+    rows.s_inverse[row] = 1.0F / rows.s[row];
     rows.correction[row] *= weights.offset();
     return;
   }
@@ -97,6 +100,7 @@ Sink at_row(Sink sink, std::int64_t row) {
   if (sink.y != nullptr) {
     sink.y = static_cast<char*>(sink.y) + row * sink.ld * float_size(sink.type);
     sink.s += row;
+    sink.s_inverse += row;
   }
   return sink;
 }
@@ -157,6 +161,7 @@ void linear(const LinearWeights& weights, const LinearParams& p, const Parallel&
   sink.y = p.y;
   sink.scale = packed.scale();
   sink.s = rows.s;
+  sink.s_inverse = rows.s_inverse;
   sink.ld = packed.outputs();
   sink.type = p.type;
   if (p.activation == Activation::kInt8) {

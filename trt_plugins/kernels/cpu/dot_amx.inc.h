@@ -48,35 +48,11 @@ TINYLM_INLINE void unpack_block(const uint8_t* block, int64_t k_pad, int8_t* pan
   }
 }
 
-/// `kHigh`: 32 activation rows rather than 16. `kWide`: two blocks rather than one.
-template <bool kHigh, bool kWide>
-TINYLM_INLINE void tile(const uint8_t* b, int64_t b_stride, int64_t b_second, const DotParams& p,
-                        int64_t row, int64_t block, int32_t* sums, const Sink& sink) {
-  const int8_t* a = p.q + row * p.ldq;
-  _tile_zero(0);
-  if (kWide) _tile_zero(1);
-  if (kHigh) _tile_zero(2);
-  if (kHigh && kWide) _tile_zero(3);
-  for (int64_t k = 0; k < p.k_pad; k += kInputAlign) {
-    _tile_loadd(4, a + k, p.ldq);
-    _tile_loadd(6, b, 64);
-    _tile_dpbsud(0, 4, 6);
-    if (kWide) {
-      _tile_loadd(7, b + b_second, 64);
-      _tile_dpbsud(1, 4, 7);
-    }
-    if (kHigh) {
-      _tile_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
-      _tile_dpbsud(2, 5, 6);
-      if (kWide) _tile_dpbsud(3, 5, 7);
-    }
-    b += b_stride;
-  }
-  _tile_stored(0, sums, 64);
-  if (kWide) _tile_stored(1, sums + 256, 64);
-  if (kHigh) _tile_stored(2, sums + 512, 64);
-  if (kHigh && kWide) _tile_stored(3, sums + 768, 64);
-  const int64_t most = kHigh ? 32 : 16;
+/// Writes the sums of up to 32 rows: tiles of 16 x 16, blocks side by side, rows one below the
+/// other.
+template <bool kWide>
+TINYLM_INLINE void emit_tiles(const DotParams& p, int64_t row, int64_t most, int64_t block,
+                              const int32_t* sums, const Sink& sink) {
   const int64_t rows = p.m - row < most ? p.m - row : most;
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
@@ -85,15 +61,94 @@ TINYLM_INLINE void tile(const uint8_t* b, int64_t b_stride, int64_t b_second, co
   }
 }
 
+/// 32 activation rows times one block or two (`kWide`), whose panels lie b_second apart.
+template <bool kWide>
+TINYLM_INLINE void high_tile(const uint8_t* b, int64_t b_stride, int64_t b_second,
+                             const DotParams& p, int64_t row, int64_t block, int32_t* sums,
+                             const Sink& sink) {
+  const int8_t* a = p.q + row * p.ldq;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < p.k_pad; k += kInputAlign) {
+    _tile_loadd(4, a + k, p.ldq);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
+    _tile_dpbsud(2, 5, 6);
+    if (kWide) {
+      _tile_loadd(7, b + b_second, 64);
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(3, 5, 7);
+    }
+    b += b_stride;
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  emit_tiles<kWide>(p, row, 2 * kTileRows, block, sums, sink);
+}
+
+/// 16 activation rows. Even and odd steps of K add up apart, because a sum takes three steps' time
+/// to come out of the multiplier.
+template <bool kWide>
+TINYLM_INLINE void low_tile(const uint8_t* b, int64_t b_stride, int64_t b_second,
+                            const DotParams& p, int64_t row, int64_t block, int32_t* sums,
+                            const Sink& sink) {
+  const int8_t* a = p.q + row * p.ldq;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int64_t k = 0;
+  for (; k + 2 * kInputAlign <= p.k_pad; k += 2 * kInputAlign) {
+    _tile_loadd(4, a + k, p.ldq);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    if (kWide) {
+      _tile_loadd(7, b + b_second, 64);
+      _tile_dpbsud(1, 4, 7);
+    }
+    b += b_stride;
+    _tile_loadd(5, a + k + kInputAlign, p.ldq);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(2, 5, 6);
+    if (kWide) {
+      _tile_loadd(7, b + b_second, 64);
+      _tile_dpbsud(3, 5, 7);
+    }
+    b += b_stride;
+  }
+  if (k < p.k_pad) {
+    _tile_loadd(4, a + k, p.ldq);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    if (kWide) {
+      _tile_loadd(7, b + b_second, 64);
+      _tile_dpbsud(1, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  for (int64_t i = 0; i < 512; i += 16) {
+    store(sums + i, load<i32x16>(sums + i) + load<i32x16>(sums + 512 + i));
+  }
+  emit_tiles<kWide>(p, row, kTileRows, block, sums, sink);
+}
+
 template <bool kWide>
 TINYLM_INLINE void tile_rows(const uint8_t* b, int64_t b_stride, int64_t b_second,
                              const DotParams& p, int64_t block, const Sink& sink) {
   alignas(64) int32_t sums[1024];
   int64_t row = 0;
   for (; p.m - row > kTileRows; row += 2 * kTileRows) {
-    tile<true, kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+    high_tile<kWide>(b, b_stride, b_second, p, row, block, sums, sink);
   }
-  if (row < p.m) tile<false, kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+  if (row < p.m) low_tile<kWide>(b, b_stride, b_second, p, row, block, sums, sink);
 }
 
 void dot_ternary(const DotParams& p, const Sink& sink) {

@@ -31,6 +31,7 @@ struct Sink {
   void* y = nullptr;                         ///< [m, ld] of `type`: write sum * scale / s
   const float* scale = nullptr;              ///< [n]
   const float* s = nullptr;                  ///< [m]
+  const float* s_inverse = nullptr;          ///< [m], 1 / s
   std::int64_t ld = 0;
   std::int64_t first_column = 0;  ///< output that stands at the start of a row of sums or y
   FloatType type = FloatType::kFloat;

@@ -22,16 +22,20 @@ TINYLM_INLINE float norm_row(const RowParams& p) {
   }
   float factor = 1.0F;
   if (p.norm_weight != nullptr) {
-    f64x8 even = {};
-    f64x8 odd = {};
-    for (int64_t i = 0; i < full; i += 16) {
-      const f64x8 a = widen(load<f32x8>(x + i));
-      const f64x8 b = widen(load<f32x8>(x + i + 8));
-      even = fma(a, a, even);
-      odd = fma(b, b, odd);
+    f64x8 part[4] = {};
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+      for (int j = 0; j < 4; ++j) {
+        const f64x8 v = widen(load<f32x8>(x + i + 8 * j));
+        part[j] = fma(v, v, part[j]);
+      }
     }
-    double square = sum(even + odd);
-    for (int64_t i = full; i < k; ++i) square += static_cast<double>(x[i]) * x[i];
+    for (; i + 8 <= k; i += 8) {
+      const f64x8 v = widen(load<f32x8>(x + i));
+      part[0] = fma(v, v, part[0]);
+    }
+    double square = sum((part[0] + part[1]) + (part[2] + part[3]));
+    for (; i < k; ++i) square += static_cast<double>(x[i]) * x[i];
     factor = static_cast<float>(1.0 / sqrt(square / static_cast<double>(k) + p.eps));
   }
   f32x16 top = {};
@@ -131,10 +135,21 @@ void finish_fp8(const int32_t* sums, int64_t plane, int64_t ld, int64_t m, int64
   }
 }
 
+/// 1 / x to within 1 unit of float64 for x in [1, 1e305].
+TINYLM_INLINE f64x8 inverse(f64x8 x) {
+#if defined(__AVX512F__)
+  f64x8 y = (f64x8)_mm512_rcp14_pd((__m512d)x);  // 14 bits, 28, 56
+  y = fma(y, fma(-x, y, splat(1.0)), y);
+  return fma(y, fma(-x, y, splat(1.0)), y);
+#else
+  return splat(1.0) / x;
+#endif
+}
+
 /// x / (1 + e**-x), which is NaN for minus infinity, as in PyTorch and ONNX.
 TINYLM_INLINE f64x8 silu(f64x8 x) {
-  const f64x8 power = x < splat(-709.0) ? splat(HUGE_VAL) : exp(-x);
-  return x / (splat(1.0) + power);
+  const f64x8 poison = x < splat(-700.0) ? x * 0.0 : splat(0.0);
+  return x * inverse(splat(1.0) + exp(-x)) + poison;
 }
 
 void swiglu(const void* gate, const void* up, void* y, int64_t count, FloatType type) {

@@ -41,7 +41,7 @@ TINYLM_INLINE void emit(const Sink& sink, int64_t row, int64_t block, i32x16 tot
   const f32x16 value = __builtin_convertvector(total, f32x16);
   if (count >= 16) {
     const f32x16 scaled = value * load<f32x16>(sink.scale + column);
-    const f32x16 y = divide(scaled, splat(s), splat(1.0F / s));
+    const f32x16 y = divide(scaled, splat(s), splat(sink.s_inverse[row]));
     if (sink.type == FloatType::kFloat) {
       store(static_cast<float*>(sink.y) + at, y);
       return;
