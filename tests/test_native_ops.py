@@ -31,6 +31,7 @@ from torch import Tensor
 from tinylm.config import float32
 from tinylm.norm import rms_norm
 from tinylm.quantization import dequantize, quantize_activation
+from tinylm_export.ops import OPS as OPS_OF_CONTRACT
 from tinylm_export.torch_ops import torch_op
 
 pytestmark = needs_library
@@ -106,7 +107,9 @@ def test_int8_linear(norm: bool, dtype: torch.dtype) -> None:
     q, s = quantize_activation(normed, "int8")
     accumulator = (q.double() @ weight.double().t()).float()  # an exact sum, rounded once
     expected = dequantize(accumulator, tensors["weight_scale"], s).to(dtype)
-    assert_equal(run_native("Int8Linear", tensors)[0], expected)
+    found = run_native("Int8Linear", tensors)[0]
+    assert_equal(found, expected)
+    assert_equal(found, torch_op("Int8Linear")(*tensors.values()))
 
 
 @CASES
@@ -197,13 +200,13 @@ def test_bfloat16(op: str) -> None:
 
 
 @pytest.mark.parametrize("bodies", [True, False], ids=["with body", "without body"])
-@pytest.mark.parametrize("op", ["BitLinear", "FlashMLA", "SwiGLU"])
+@pytest.mark.parametrize("op", list(OPS_OF_CONTRACT))
 def test_the_kernel_runs_with_or_without_a_function_body(op: str, bodies: bool) -> None:
     tensors, attributes = example(op)
     model = native_model(op, tensors, attributes, bodies=bodies)
     session = native_session(model)
     for calls in range(1, 4):
-        before = {name: kernel_calls(name) for name in ("BitLinear", "FlashMLA", "SwiGLU")}
+        before = {name: kernel_calls(name) for name in OPS_OF_CONTRACT}
         session.run(None, feeds(model, tensors))
         grown = {name: kernel_calls(name) - count for name, count in before.items()}
         assert grown == {name: int(name == op) for name in grown}, calls
