@@ -26,6 +26,7 @@ from tinylm.cli_shared import (
     write_json,
 )
 from tinylm.errors import DataError
+from tinylm_export.cli_native import app as native_app
 
 DEFAULT_PARITY_TOKENS = 4096
 DEFAULT_PARITY_LENGTH = 256
@@ -37,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(native_app)
 
 
 class TaskChoice(str, enum.Enum):

@@ -31,3 +31,11 @@ class TrainingDivergedError(TinyLMError):
 
 class ExportError(TinyLMError):
     """A model can't be exported, or an exported directory can't be used."""
+
+
+class NativeError(TinyLMError):
+    """The native library can't be built, found or used."""
+
+
+class NativeToolError(NativeError):
+    """A tool or header that the native build needs is not on this machine."""

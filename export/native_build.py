@@ -1,0 +1,180 @@
+"""Build the native library with CMake, from the sources of a checkout or of the wheel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from tinylm.errors import NativeError, NativeToolError
+from tinylm_export import native
+from tinylm_export.native_sdk import header_dir
+
+LOG_FILE = "build.log"
+_LOG_TAIL_LINES = 15
+_COMPILERS = ("c++", "g++", "clang++")
+_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")  # Ninja's
+
+Progress = Callable[[str, float], None]
+
+
+def build(
+    folder: Path | None = None, *, progress: Progress = lambda text, fraction: None
+) -> native.NativeInfo:
+    """Fetch ONNX Runtime's header, then configure, build and install the library.
+
+    A second build only compiles what has changed.
+
+    Args:
+        folder: Build tree and place of the library; default :func:`native.build_folder`.
+        progress: Told what is done and how much of it, 0 to 1.
+
+    Returns:
+        The library, loaded in a process of its own to prove that it works.
+
+    Raises:
+        NativeToolError: CMake, Ninja, a C++ compiler or the header is missing; says how to get it.
+        NativeError: CMake or the compiler fails; names the log and shows its last lines.
+    """
+    folder = (folder or native.build_folder()).resolve()
+    source = native.source_dir()
+    cmake, ninja, compiler = find_tool("cmake"), find_tool("ninja"), find_compiler()
+    progress("header", 0.0)
+    header = header_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NativeError(
+            f"{folder}: the library can't be built there ({error.strerror}). Set "
+            f"{native.FOLDER_VARIABLE} to a folder that can be written."
+        ) from error
+    configure = [
+        *(cmake, "-S", str(source), "-B", str(folder), "-G", "Ninja"),
+        # Not remembered from an earlier build, whose header may be gone.
+        *("-U", "TINYLM_ORT_HEADER_DIR", "-D", f"ONNXRUNTIME_INCLUDE_DIR={header}"),
+        *("-D", "TINYLM_ORT=ON", "-D", f"CMAKE_MAKE_PROGRAM={ninja}"),
+        *("-D", "CMAKE_BUILD_TYPE=Release"),
+        *("-D", f"CMAKE_INSTALL_PREFIX={folder}", "-D", "CMAKE_INSTALL_LIBDIR=lib"),
+    ]
+    if not (folder / "CMakeCache.txt").exists():  # CMake keeps the first compiler of a build tree
+        configure += ["-D", f"CMAKE_CXX_COMPILER={compiler}"]
+    with _locked(folder), (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+        for name, command in {
+            "configure": configure,
+            "build": [cmake, "--build", str(folder)],
+            "install": [cmake, "--install", str(folder)],
+        }.items():
+            _run(name, command, log_path=folder / LOG_FILE, log=log, progress=progress)
+    path = folder / "lib" / native.LIBRARY_NAME
+    if not path.is_file():
+        raise NativeError(
+            f"the build ended well and made no {path}. See {folder / LOG_FILE}, or delete {folder} "
+            "and build again."
+        )
+    return _describe_elsewhere(path)
+
+
+def find_tool(name: str) -> str:
+    """Find cmake or ninja: on the path, or beside this Python, where pip puts them.
+
+    Raises:
+        NativeToolError: It is in neither place.
+    """
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name) or shutil.which(name, path=beside)
+    if found is None:
+        raise NativeToolError(
+            f"{name} is needed to build the native library: expected it on the path or in "
+            f"{beside}, found it in neither. Run `pip install {name}`."
+        )
+    return found
+
+
+def find_compiler() -> str:
+    """Find the C++ compiler: what CXX names, else c++, g++ or clang++.
+
+    Raises:
+        NativeToolError: There is none.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    # A launcher before the compiler, as in CXX="ccache g++", is CMake's to understand.
+    names = named[-1:] or _COMPILERS
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    expected = f"CXX={os.environ['CXX']}" if named else " or ".join(names)
+    raise NativeToolError(
+        f"a C++ compiler is needed to build the native library: expected {expected} on the path, "
+        "found none. Run `sudo apt-get install g++` (macOS: `xcode-select --install`)."
+    )
+
+
+def _run(name: str, command: list[str], *, log_path: Path, log: TextIO, progress: Progress) -> None:
+    """Run one step of the build, its output going to the log.
+
+    Raises:
+        NativeError: It fails.
+    """
+    log.write(f"$ {shlex.join(command)}\n")
+    progress(name, 0.0)
+    lines: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            lines.append(line.rstrip())
+            step = _STEP.match(line)
+            if step:
+                progress(name, int(step[1]) / int(step[2]))
+    progress(name, 1.0)
+    if process.returncode:
+        tail = "\n".join(lines[-_LOG_TAIL_LINES:])
+        raise NativeError(
+            f"the native library: `{name}` failed with exit code {process.returncode}. The last "
+            f"lines of {log_path}:\n{tail}\nMend that, or delete {log_path.parent} and build again."
+        )
+
+
+def _describe_elsewhere(path: Path) -> native.NativeInfo:
+    """Describe a new library in a fresh process; this one may hold an older file of that name."""
+    code = (
+        "import sys; from pathlib import Path; from tinylm_export.native import describe\n"
+        "try:\n    info = describe(Path(sys.argv[1]))\n"
+        "except ValueError as error:\n    sys.exit(str(error))\n"
+        "print(info.version, info.isa)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise NativeError(f"the library was built and doesn't work: {done.stderr.strip()}")
+    version, isa = done.stdout.split()
+    return native.NativeInfo(version=version, isa=isa, path=path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one build at a time into a folder, where the system has file locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
