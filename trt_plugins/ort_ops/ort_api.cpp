@@ -26,6 +26,11 @@ Tensor view(const OrtValue* value) {
   return tensor;
 }
 
+std::runtime_error missing(const char* name, const char* type) {
+  return std::runtime_error("attribute '" + std::string(name) + "' (" + type +
+                            ") is required and missing.");
+}
+
 }  // namespace
 
 void set_api(const OrtApi* api) { g_api = api; }
@@ -64,44 +69,50 @@ std::string NodeInfo::name() const {
 std::int64_t NodeInfo::int_attribute(const char* name) const {
   std::int64_t value = 0;
   OrtStatus* status = api().KernelInfoGetAttribute_int64(info_, name, &value);
-  if (status != nullptr) {
-    api().ReleaseStatus(status);
-    throw std::runtime_error("attribute '" + std::string(name) +
-                             "' (int) is required and missing.");
-  }
+  if (!found(status, name, "int")) throw missing(name, "int");
   return value;
 }
 
 float NodeInfo::float_attribute(const char* name) const {
   float value = 0.0F;
   OrtStatus* status = api().KernelInfoGetAttribute_float(info_, name, &value);
-  if (status != nullptr) {
-    api().ReleaseStatus(status);
-    throw std::runtime_error("attribute '" + std::string(name) +
-                             "' (float) is required and missing.");
-  }
+  if (!found(status, name, "float")) throw missing(name, "float");
   return value;
 }
 
 float NodeInfo::float_attribute(const char* name, float otherwise) const {
   float value = otherwise;
   OrtStatus* status = api().KernelInfoGetAttribute_float(info_, name, &value);
-  if (status == nullptr) return value;
-  api().ReleaseStatus(status);
-  return otherwise;
+  return found(status, name, "float") ? value : otherwise;
 }
 
 std::string NodeInfo::string_attribute(const char* name, const char* otherwise) const {
   std::size_t size = 0;
   OrtStatus* status = api().KernelInfoGetAttribute_string(info_, name, nullptr, &size);
-  if (status != nullptr) {
-    api().ReleaseStatus(status);
-    return otherwise;
-  }
+  if (!found(status, name, "string")) return otherwise;
   std::string value(size, '\0');
   check(api().KernelInfoGetAttribute_string(info_, name, value.data(), &size));
   value.resize(size == 0 ? 0 : size - 1);
   return value;
+}
+
+bool NodeInfo::found(OrtStatus* status, const char* name, const char* type) const {
+  if (status == nullptr) return true;
+  api().ReleaseStatus(status);
+  // ONNX Runtime answers alike to an attribute that is missing and to one of another type.
+  std::int64_t integer = 0;
+  float number = 0.0F;
+  std::size_t size = 0;
+  for (OrtStatus* other : {api().KernelInfoGetAttribute_int64(info_, name, &integer),
+                           api().KernelInfoGetAttribute_float(info_, name, &number),
+                           api().KernelInfoGetAttribute_string(info_, name, nullptr, &size)}) {
+    if (other == nullptr) {
+      throw std::runtime_error("attribute '" + std::string(name) + "' must be of type " + type +
+                               ", found another type.");
+    }
+    api().ReleaseStatus(other);
+  }
+  return false;
 }
 
 bool NodeInfo::has_input(std::size_t index) const {

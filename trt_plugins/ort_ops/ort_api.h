@@ -68,6 +68,10 @@ class NodeInfo {
   Tensor constant(std::size_t index, const char* name) const;
 
  private:
+  /// Whether an attribute was read; takes the status of the attempt.
+  /// @throws std::runtime_error The attribute is of another type.
+  bool found(OrtStatus* status, const char* name, const char* type) const;
+
   const OrtKernelInfo* info_;
 };
 
