@@ -20,6 +20,7 @@ from pathlib import Path
 import cpu_attention
 import cpu_gemm
 import cpu_model
+import llama_cpp
 from cpu_report import draw, show
 from cpu_targets import judge
 from cpu_timing import Record, Settings, default_work_dir, log
@@ -84,6 +85,7 @@ def main() -> None:
         results = {
             "machine": machine,
             "settings": {"repeats": settings.repeats, "cold_bytes": settings.cold_bytes},
+            "rival_model": llama_cpp.describe(),
             "records": [dataclasses.asdict(record) for record in records],
             "targets": [dataclasses.asdict(verdict) for verdict in verdicts],
         }

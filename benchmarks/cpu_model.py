@@ -16,6 +16,8 @@ import llama_cpp
 import numpy as np
 from cpu_model_process import (
     CONTENDERS,
+    DECODE_TOKENS,
+    PROMPTS,
     ModelContender,
     ModelFiles,
     WorkerProcess,
@@ -28,7 +30,8 @@ from cpu_timing import NotRunError, Record, Settings, log
 from tinylm_export.bench_report import Spread
 
 LLAMA = {name: f"llama.cpp {name}" for name in llama_cpp.FORMATS}
-_LLAMA_TESTS = (("prefill", 128), ("prefill", 512), ("decode", 128))
+DECODE = f"decode {DECODE_TOKENS}"
+_CASES = (*(f"prefill {tokens}" for tokens in PROMPTS), DECODE)
 _MEMORY_REPEATS = 3
 _MEMORY_CASES = {
     "resident growth": "MB",
@@ -68,14 +71,14 @@ def run_model(
 class _Turns:
     """What one contender gave in its turns, or why it gave nothing."""
 
-    def __init__(self, tests: tuple[tuple[str, int], ...]) -> None:
-        self.speeds: dict[str, list[float]] = {_case(*test): [] for test in tests}
+    def __init__(self) -> None:
+        self.speeds: dict[str, list[float]] = {case: [] for case in _CASES}
         self.not_run = ""
         self.error: float | None = None
-        self.details: dict[str, Any] = {}
+        self.note = ""
 
     def records(self, contender: str, num_threads: int) -> list[Record]:
-        """Return a record for each test."""
+        """Return a record for each case."""
         return [
             Record(
                 section="model",
@@ -84,16 +87,12 @@ class _Turns:
                 threads=num_threads,
                 unit="tokens/s",
                 spread=Spread.of(speeds) if speeds and not self.not_run else None,
-                not_run=self.not_run,
+                not_run=self.not_run or ("" if speeds else f"{case}: too slow to be of interest"),
                 error=self.error,
-                details=self.details,
+                note=self.note,
             )
             for case, speeds in self.speeds.items()
         ]
-
-
-def _case(kind: str, num_tokens: int) -> str:
-    return f"{kind} {num_tokens}"
 
 
 def _run_threads(
@@ -103,8 +102,7 @@ def _run_threads(
     reference: np.ndarray[Any, Any],
     num_threads: int,
 ) -> list[Record]:
-    turns = {c.name: _Turns(c.tests) for c in CONTENDERS}
-    turns |= {name: _Turns(_LLAMA_TESTS) for name in LLAMA.values()}
+    turns = {name: _Turns() for name in (*(c.name for c in CONTENDERS), *LLAMA.values())}
     with contextlib.ExitStack() as stack:
         workers = {}
         for contender in CONTENDERS:
@@ -113,8 +111,8 @@ def _run_threads(
                 context = worker_process(contender.runtime, files, contender.head, num_threads)
                 worker, _ = stack.enter_context(context)
                 turns[contender.name].error = _check(worker, contender, reference)
-                for kind, num_tokens in contender.tests:  # a first time allocates
-                    worker.ask(kind, tokens=num_tokens)
+                for num_tokens in contender.prompts:  # a first time allocates
+                    worker.ask("prefill", tokens=num_tokens)
                 workers[contender.name] = worker
             except NotRunError as error:
                 turns[contender.name].not_run = str(error)
@@ -153,10 +151,14 @@ def _check(
 
 
 def _take_turn(worker: WorkerProcess, contender: ModelContender, turns: _Turns) -> None:
+    if contender.decode_tokens != DECODE_TOKENS:
+        turns.note = f"decodes {contender.decode_tokens} tokens only"
     try:
-        for kind, num_tokens in contender.tests:
-            seconds = worker.ask(kind, tokens=num_tokens)["seconds"]
-            turns.speeds[_case(kind, num_tokens)].append(num_tokens / seconds)
+        for num_tokens in contender.prompts:
+            seconds = worker.ask("prefill", tokens=num_tokens)["seconds"]
+            turns.speeds[f"prefill {num_tokens}"].append(num_tokens / seconds)
+        seconds = worker.ask("decode", tokens=contender.decode_tokens)["seconds"]
+        turns.speeds[DECODE].append(contender.decode_tokens / seconds)
     except NotRunError as error:
         turns.not_run = str(error)
 
@@ -169,10 +171,10 @@ def _take_llama_turn(
     if isinstance(model, NotRunError):
         turns.not_run = str(model)
         return
-    turns.details = {"note": model.note} if model.note else {}
+    turns.note = model.note
     try:
         speeds = llama_cpp.time_model(
-            model, prompts=(128, 512), new_tokens=128, num_threads=num_threads
+            model, prompts=PROMPTS, new_tokens=DECODE_TOKENS, num_threads=num_threads
         )
     except NotRunError as error:
         turns.not_run = str(error)
@@ -202,23 +204,35 @@ def run_memory(
         records += _memory_records(contender.name, num_threads, found, not_run)
     for name, model in rivals.items():
         log(f"memory: {LLAMA[name]}")
-        found, not_run = {"largest resident set": []}, ""
-        try:
-            if isinstance(model, NotRunError):
-                raise model
-            peak = llama_cpp.peak_memory(model, new_tokens=128, num_threads=num_threads)
-            found["largest resident set"].append(peak / 1e6)
-        except NotRunError as error:
-            not_run = str(error)
-        records += _memory_records(LLAMA[name], num_threads, found, not_run)
+        records += _llama_memory(LLAMA[name], model, num_threads)
     return records
+
+
+def _llama_memory(
+    name: str, model: llama_cpp.LlamaModel | NotRunError, num_threads: int
+) -> list[Record]:
+    known, unknown = "largest resident set", "llama-bench shows only its largest resident set"
+    found: dict[str, list[float]] = {known: []}
+    not_run = ""
+    try:
+        if isinstance(model, NotRunError):
+            raise model
+        peak = llama_cpp.peak_memory(model, new_tokens=DECODE_TOKENS, num_threads=num_threads)
+        found[known].append(peak / 1e6)
+    except NotRunError as error:
+        not_run = str(error)
+    others: dict[str, list[float]] = {case: [] for case in _MEMORY_CASES if case != known}
+    return [
+        *_memory_records(name, num_threads, found, not_run),
+        *_memory_records(name, num_threads, others, not_run or unknown),
+    ]
 
 
 def _one_life(contender: ModelContender, files: ModelFiles, num_threads: int) -> dict[str, float]:
     """Start, decode, and return the numbers of ``_MEMORY_CASES``."""
     context = worker_process(contender.runtime, files, contender.head, num_threads)
     with context as (worker, seconds):
-        worker.ask("decode", tokens=dict(contender.tests)["decode"])
+        worker.ask("decode", tokens=contender.decode_tokens)
         memory = worker.ask("memory")
     if None in memory.values():
         raise NotRunError("the system does not say how much memory a process takes")

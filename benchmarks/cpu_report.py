@@ -9,6 +9,7 @@ from typing import Any
 from cpu_targets import Verdict, num_rows
 from cpu_timing import Record
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _TITLES = {
@@ -26,8 +27,11 @@ def show(console: Console, records: Sequence[Record], verdicts: Sequence[Verdict
         for threads in sorted({record.threads for record in mine}):
             chosen = [record for record in mine if record.threads == threads]
             console.print(_section_table(f"{title}, {threads} threads", chosen))
+    for note in dict.fromkeys(f"{r.contender}: {r.note}" for r in records if r.note):
+        console.print(escape(note), highlight=False)
     for reason, names in _not_run(records).items():
-        console.print(f"[bold red]not run[/]: {', '.join(names)}: {reason}", highlight=False)
+        line = escape(f"{', '.join(names)}: {reason}")
+        console.print(f"[bold red]not run[/]: {line}", highlight=False)
     console.print(_target_table(verdicts))
 
 
@@ -73,7 +77,7 @@ def _target_table(verdicts: Sequence[Verdict]) -> Table:
         table.add_column(column)
     colours = {True: "green", False: "yellow", None: "red"}
     for verdict in verdicts:
-        outcome = f"[{colours[verdict.holds]}]{verdict.outcome}[/]"
+        outcome = f"[{colours[verdict.holds]}]{escape(verdict.outcome)}[/]"
         table.add_row(verdict.target, str(verdict.threads), verdict.measured, outcome)
     return table
 

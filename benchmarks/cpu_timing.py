@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tinylm_export.bench_report import Spread
 
@@ -35,7 +34,7 @@ class Record:
         spread: Median and range over the repeats; None if it was not run.
         not_run: Why not; empty if it was.
         error: Largest departure from the reference, relative to its largest value.
-        details: More that JSON should hold.
+        note: What a reader should know of how it ran.
     """
 
     section: str
@@ -46,7 +45,7 @@ class Record:
     spread: Spread | None = None
     not_run: str = ""
     error: float | None = None
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

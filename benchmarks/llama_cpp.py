@@ -63,6 +63,21 @@ class LlamaModel:
     note: str = ""
 
 
+def describe() -> dict[str, Any]:
+    """Return where llama.cpp comes from and what its model is, for JSON."""
+    linear = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FEED_FORWARD)
+    return {
+        "sdist": SDIST,
+        "architecture": "llama",
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "intermediate_size": FEED_FORWARD,
+        "vocab_size": VOCAB,
+        "num_ternary_weights": linear,
+    }
+
+
 def prepare(work_dir: Path) -> dict[str, LlamaModel | NotRunError]:
     """Make the programs and the models where they are missing.
 
