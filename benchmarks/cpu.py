@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,12 +34,8 @@ def in_process(
     run: Callable[[Settings, int], list[Record]], settings: Settings, num_threads: int
 ) -> list[Record]:
     """Run a section in a fresh process, whose pools of threads are then of the right size."""
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(run, (settings, num_threads))
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run, (settings, num_threads))
 
 
 def measure(settings: Settings, sections: list[str]) -> list[Record]:

@@ -41,15 +41,16 @@ def _run_shape(problem: GemmProblem, settings: Settings, num_threads: int) -> li
         except NotRunError as error:
             loaded[kind.name] = error
     records = []
+    num_outputs, num_inputs = problem.codes.shape
     for num_rows in ROWS:
-        case = case_name(*problem.codes.shape, num_rows)
+        case = case_name(num_outputs, num_inputs, num_rows)
         ready: dict[str, Contender | NotRunError] = {}
         for name, found in loaded.items():
             try:
                 if isinstance(found, NotRunError):
                     raise found
-                calls, error = found.prepare(num_rows)
-                ready[name] = Contender(name=name, calls=calls, error=error)
+                calls, departure = found.prepare(num_rows)
+                ready[name] = Contender(name=name, calls=calls, error=departure)
             except NotRunError as reason:
                 ready[name] = reason
         running = [c for c in ready.values() if isinstance(c, Contender)]

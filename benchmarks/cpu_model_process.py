@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,6 @@ def worker_process(
     if isinstance(onnx, NotRunError):
         raise onnx
     command = [sys.executable, str(Path(__file__).with_name("cpu_model_worker.py"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with (
         tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as stderr,
         subprocess.Popen(
@@ -168,7 +166,6 @@ def worker_process(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=environment,
         ) as process,
     ):
         try:

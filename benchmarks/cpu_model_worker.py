@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Worker:
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what a request asks for and return the reply."""
         action = request.pop("do")
-        actions = {
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load,
             "logits": self.logits,
             "prefill": self.prefill,

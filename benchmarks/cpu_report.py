@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpu_attention import CASE
 from cpu_targets import Verdict, num_rows
 from cpu_timing import Record
 from rich.console import Console
@@ -89,42 +90,42 @@ def draw(records: Sequence[Record], machine: dict[str, Any], path: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(20, 9), constrained_layout=True)
-    threads = max(record.threads for record in records)
-    for axis, (section, case, title) in zip(
-        axes[0],
-        (
-            ("model", "prefill 512", "prefill 512, tokens/s"),
-            ("model", "decode 128", "decode 128, tokens/s"),
-            ("attention", None, "decode attention, microseconds"),
+    panels = [
+        (_bars, [r for r in records if (r.section, r.case) == (section, case)], title)
+        for section, case, title in (
+            ("model", "prefill 512", "300M prefill 512, tokens/s"),
+            ("model", "decode 128", "300M decode 128, tokens/s"),
             ("memory", "largest resident set", "largest resident set, MB"),
-        ),
-        strict=True,
-    ):
-        mine = [r for r in records if r.section == section and case in (None, r.case)]
-        _bars(axis, [r for r in mine if r.spread is not None], title)
-    gemm = [r for r in records if r.section == "gemm" and r.threads == threads]
-    all_rows = sorted({num_rows(record.case) for record in gemm})
-    for axis, rows in zip(axes[1], all_rows, strict=False):
-        mine = [r for r in gemm if num_rows(r.case) == rows and r.spread is not None]
-        _lines(axis, mine, f"GEMM, M = {rows}, {threads} threads, microseconds")
-    for axis in axes.flat:
-        if not axis.has_data():
-            axis.set_axis_off()
+            ("attention", CASE, "attention, one decode step, microseconds"),
+        )
+    ]
+    gemm = [record for record in records if record.section == "gemm"]
+    for threads in sorted({record.threads for record in gemm}):
+        for rows in sorted({num_rows(record.case) for record in gemm}):
+            mine = [r for r in gemm if (r.threads, num_rows(r.case)) == (threads, rows)]
+            panels.append((_lines, mine, f"GEMM, M = {rows}, {threads} threads, microseconds"))
+    panels = [panel for panel in panels if panel[1]]
+    height = -(-len(panels) // 4)
+    size = (22, 5 * height)
+    figure, axes = plt.subplots(height, 4, figsize=size, squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (paint, mine, title) in zip(axes.flat, panels, strict=False):
+        paint(axis, mine)
+        axis.set_title(title)
     figure.suptitle(f"{machine['cpu']}, {machine['usable_cores']} cores; medians and ranges")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _bars(axis: Any, records: Sequence[Record], title: str) -> None:
-    if not records:
-        return
+def _bars(axis: Any, records: Sequence[Record]) -> None:
+    """Draw a bar for each contender and number of threads."""
     names = list(dict.fromkeys(record.contender for record in records))
     counts = sorted({record.threads for record in records})
     height = 0.8 / len(counts)
     for i, count in enumerate(counts):
-        mine = [record for record in records if record.threads == count]
+        mine = [r for r in records if r.threads == count and r.spread is not None]
         places = [names.index(record.contender) + i * height for record in mine]
         spreads = [record.spread for record in mine if record.spread is not None]
         medians = [spread.median for spread in spreads]
@@ -133,22 +134,21 @@ def _bars(axis: Any, records: Sequence[Record], title: str) -> None:
             [spread.maximum - spread.median for spread in spreads],
         ]
         axis.barh(places, medians, height, xerr=errors, label=f"{count} threads")
-    axis.set_yticks([j + 0.4 - height / 2 for j in range(len(names))], names)
-    axis.invert_yaxis()
-    axis.set_title(title)
+    run = {record.contender for record in records if record.spread is not None}
+    labels = [name if name in run else f"{name}: not run" for name in names]
+    axis.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], labels)
+    axis.set_ylim(len(names) - 0.2, -0.6)
     axis.legend()
 
 
-def _lines(axis: Any, records: Sequence[Record], title: str) -> None:
-    if not records:
-        return
+def _lines(axis: Any, records: Sequence[Record]) -> None:
+    """Draw a line for each contender over the shapes."""
     cases = list(dict.fromkeys(record.case for record in records))
     for name in dict.fromkeys(record.contender for record in records):
         found = {r.case: r.spread for r in records if r.contender == name and r.spread}
         style = "k-o" if name == "ours" else "--."
+        shapes = [case.partition(" ")[0] for case in cases if case in found]
         medians = [found[case].median for case in cases if case in found]
-        axis.plot([case.partition(" ")[0] for case in cases if case in found], medians, style)
-        axis.lines[-1].set_label(name)
+        axis.plot(shapes, medians, style, label=name if found else f"{name}: not run")
     axis.set_yscale("log")
-    axis.set_title(title)
     axis.legend(fontsize=8)
