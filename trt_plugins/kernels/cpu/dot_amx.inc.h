@@ -54,6 +54,14 @@ template <bool kWide>
 TINYLM_INLINE void emit_tiles(const DotParams& p, int64_t row, int64_t most, int64_t block,
                               const int32_t* sums, const Sink& sink) {
   const int64_t rows = p.m - row < most ? p.m - row : most;
+  if (plain(sink, block + (kWide ? 2 : 1))) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
+      emit_float(sink, row + r, block, load<i32x16>(at));
+      if (kWide) emit_float(sink, row + r, block + 1, load<i32x16>(at + 256));
+    }
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
     emit(sink, row + r, block, load<i32x16>(at));
@@ -61,7 +69,8 @@ TINYLM_INLINE void emit_tiles(const DotParams& p, int64_t row, int64_t most, int
   }
 }
 
-/// 32 activation rows times one block or two (`kWide`), whose panels lie b_second apart.
+/// 32 activation rows times one block or two (`kWide`), whose panels lie b_second apart. Activations
+/// stream past the nearest cache, so that the panel stays in it.
 template <bool kWide>
 TINYLM_INLINE void high_tile(const uint8_t* b, int64_t b_stride, int64_t b_second,
                              const DotParams& p, int64_t row, int64_t block, int32_t* sums,
@@ -72,10 +81,10 @@ TINYLM_INLINE void high_tile(const uint8_t* b, int64_t b_stride, int64_t b_secon
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < p.k_pad; k += kInputAlign) {
-    _tile_loadd(4, a + k, p.ldq);
+    _tile_stream_loadd(4, a + k, p.ldq);
     _tile_loadd(6, b, 64);
     _tile_dpbsud(0, 4, 6);
-    _tile_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
+    _tile_stream_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
     _tile_dpbsud(2, 5, 6);
     if (kWide) {
       _tile_loadd(7, b + b_second, 64);

@@ -76,7 +76,7 @@ float quantize_int8(const RowParams& p, int8_t* q, int32_t* total) {
   const float s = 127.0F / (absmax < kMinScale ? kMinScale : absmax);
   i32x16 totals = {};
   for (int64_t i = 0; i < p.k_pad; i += 16) {
-    const i32x16 v = clamp(round_to_int(load<f32x16>(p.normed + i) * s), -128, 127);
+    const i32x16 v = round_to_int8(load<f32x16>(p.normed + i) * s);
     totals += v;
     store(q + i, narrow(v));
   }

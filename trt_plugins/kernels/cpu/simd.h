@@ -75,8 +75,14 @@ TINYLM_INLINE f64x8 fma(f64x8 a, f64x8 b, f64x8 c) {
 #endif
 }
 
+// b where a is NaN, as the instruction has it.
+#if defined(__AVX512F__)
+TINYLM_INLINE f64x8 max(f64x8 a, f64x8 b) { return (f64x8)_mm512_max_pd((__m512d)a, (__m512d)b); }
+TINYLM_INLINE f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 TINYLM_INLINE f64x8 max(f64x8 a, f64x8 b) { return a > b ? a : b; }
 TINYLM_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+#endif
 TINYLM_INLINE f32x16 abs(f32x16 a) {
   return bits<f32x16>(bits<u32x16>(a) & 0x7FFFFFFFU);
 }
@@ -126,15 +132,18 @@ TINYLM_INLINE f32x16 join(f32x8 a, f32x8 b) {
   memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
   return r;
 }
-/// Rounds half to even for |x| < 2**22 and gives an integer for any x, NaN included.
-TINYLM_INLINE i32x16 round_to_int(f32x16 x) {
-  const f32x16 magic = splat(12582912.0F);  // 1.5 * 2**23
-  return bits<i32x16>(x + magic) - bits<i32x16>(magic);
-}
-
-TINYLM_INLINE i32x16 clamp(i32x16 x, int low_limit, int high_limit) {
-  x = x < low_limit ? i32x16{} + low_limit : x;
-  return x > high_limit ? i32x16{} + high_limit : x;
+/// Rounds half to even and clamps to -128 .. 127; any value for NaN.
+TINYLM_INLINE i32x16 round_to_int8(f32x16 x) {
+#if defined(__AVX512F__)
+  const __m512i v = _mm512_cvtps_epi32((__m512)x);
+  const __m512i low = _mm512_max_epi32(v, _mm512_set1_epi32(-128));
+  return (i32x16)_mm512_min_epi32(low, _mm512_set1_epi32(127));
+#else
+  const f32x16 magic = splat(12582912.0F);  // 1.5 * 2**23: adding it rounds |x| < 2**22
+  i32x16 v = bits<i32x16>(x + magic) - bits<i32x16>(magic);
+  v = v < -128 ? i32x16{} - 128 : v;
+  return v > 127 ? i32x16{} + 127 : v;
+#endif
 }
 
 /// e**x to within 1 unit of float64 for x in [-700, 700]; outside, the value at the limit.

@@ -22,6 +22,21 @@ TINYLM_INLINE f32x16 divide(f32x16 p, f32x16 s, f32x16 s_inverse) {
 #endif
 }
 
+/// Whether emit() of whole blocks comes down to emit_float().
+TINYLM_INLINE bool plain(const Sink& sink, int64_t last_block) {
+  return sink.sums == nullptr && sink.type == FloatType::kFloat &&
+         sink.outputs >= last_block * kBlockRows;
+}
+
+/// 16 sums that exist, to float32.
+TINYLM_INLINE void emit_float(const Sink& sink, int64_t row, int64_t block, i32x16 total) {
+  const int64_t column = block * kBlockRows;
+  const f32x16 value = __builtin_convertvector(total - sink.correction[row], f32x16);
+  const f32x16 y = divide(value * load<f32x16>(sink.scale + column), splat(sink.s[row]),
+                          splat(sink.s_inverse[row]));
+  store(static_cast<float*>(sink.y) + row * sink.ld + column - sink.first_column, y);
+}
+
 /// One row of up to 16 sums of block `block`.
 TINYLM_INLINE void emit(const Sink& sink, int64_t row, int64_t block, i32x16 total) {
   const int64_t column = block * kBlockRows;
