@@ -35,10 +35,10 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-/// Unpacks one block into tiles of 64 inputs x 16 rows, every other kTileBytes.
-TINYLM_INLINE void unpack_block(const uint8_t* block, int64_t k_pad, int8_t* panel) {
+/// Unpacks `count` inputs of one block into tiles of 64 inputs x 16 rows, every other kTileBytes.
+TINYLM_INLINE void unpack_block(const uint8_t* block, int64_t count, int8_t* panel) {
   const __m512i mask = _mm512_set1_epi8(3);
-  for (int64_t group = 0; group < k_pad / 16; ++group) {
+  for (int64_t group = 0; group < count / 16; ++group) {
     __m512i bytes = _mm512_loadu_si512(block + group * kGroupBytes);
     int8_t* out = panel + group / 4 * 2 * kTileBytes + group % 4 * 256;
     for (int lane = 0; lane < 4; ++lane) {
@@ -47,6 +47,27 @@ TINYLM_INLINE void unpack_block(const uint8_t* block, int64_t k_pad, int8_t* pan
     }
   }
 }
+
+TINYLM_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+TINYLM_INLINE void store_sums(int32_t* sums) {
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+
+/// Weights as the tiles take them: 64 inputs of a block, then of the one beside it.
+struct Panel {
+  const uint8_t* data;
+  int64_t stride;  // from 64 inputs to the next
+  int64_t second;  // to the second block
+};
 
 /// Writes the sums of up to 32 rows: tiles of 16 x 16, blocks side by side, rows one below the
 /// other.
@@ -69,112 +90,135 @@ TINYLM_INLINE void emit_tiles(const DotParams& p, int64_t row, int64_t most, int
   }
 }
 
-/// 32 activation rows times one block or two (`kWide`), whose panels lie b_second apart. Activations
-/// stream past the nearest cache, so that the panel stays in it.
+/// Adds `count` inputs of 32 activation rows to tiles 0 to 3: rows 0 and block 0, 0 and 1, 1 and 0,
+/// 1 and 1. Activations stream past the nearest cache, so that the panel stays in it.
 template <bool kWide>
-TINYLM_INLINE void high_tile(const uint8_t* b, int64_t b_stride, int64_t b_second,
-                             const DotParams& p, int64_t row, int64_t block, int32_t* sums,
-                             const Sink& sink) {
-  const int8_t* a = p.q + row * p.ldq;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < p.k_pad; k += kInputAlign) {
-    _tile_stream_loadd(4, a + k, p.ldq);
+TINYLM_INLINE void add_high(const Panel& panel, const int8_t* a, int64_t lda, int64_t count) {
+  const uint8_t* b = panel.data;
+  for (int64_t k = 0; k < count; k += kInputAlign) {
+    _tile_stream_loadd(4, a + k, lda);
     _tile_loadd(6, b, 64);
     _tile_dpbsud(0, 4, 6);
-    _tile_stream_loadd(5, a + kTileRows * p.ldq + k, p.ldq);
+    _tile_stream_loadd(5, a + kTileRows * lda + k, lda);
     _tile_dpbsud(2, 5, 6);
     if (kWide) {
-      _tile_loadd(7, b + b_second, 64);
+      _tile_loadd(7, b + panel.second, 64);
       _tile_dpbsud(1, 4, 7);
       _tile_dpbsud(3, 5, 7);
     }
-    b += b_stride;
+    b += panel.stride;
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+}
+
+/// Adds `count` inputs of 16 activation rows: even steps to tiles 0 and 1, odd ones to 2 and 3,
+/// because a sum takes three steps' time to come out of the multiplier.
+template <bool kWide>
+TINYLM_INLINE void add_low(const Panel& panel, const int8_t* a, int64_t lda, int64_t count) {
+  const uint8_t* b = panel.data;
+  for (int64_t k = 0; k < count; k += 2 * kInputAlign) {
+    _tile_loadd(4, a + k, lda);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(0, 4, 6);
+    if (kWide) {
+      _tile_loadd(7, b + panel.second, 64);
+      _tile_dpbsud(1, 4, 7);
+    }
+    b += panel.stride;
+    if (k + kInputAlign == count) break;
+    _tile_loadd(5, a + k + kInputAlign, lda);
+    _tile_loadd(6, b, 64);
+    _tile_dpbsud(2, 5, 6);
+    if (kWide) {
+      _tile_loadd(7, b + panel.second, 64);
+      _tile_dpbsud(3, 5, 7);
+    }
+    b += panel.stride;
+  }
+}
+
+template <bool kWide>
+TINYLM_INLINE void finish_high(const DotParams& p, int64_t row, int64_t block, int32_t* sums,
+                               const Sink& sink) {
+  store_sums(sums);
   emit_tiles<kWide>(p, row, 2 * kTileRows, block, sums, sink);
 }
 
-/// 16 activation rows. Even and odd steps of K add up apart, because a sum takes three steps' time
-/// to come out of the multiplier.
 template <bool kWide>
-TINYLM_INLINE void low_tile(const uint8_t* b, int64_t b_stride, int64_t b_second,
-                            const DotParams& p, int64_t row, int64_t block, int32_t* sums,
-                            const Sink& sink) {
-  const int8_t* a = p.q + row * p.ldq;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  int64_t k = 0;
-  for (; k + 2 * kInputAlign <= p.k_pad; k += 2 * kInputAlign) {
-    _tile_loadd(4, a + k, p.ldq);
-    _tile_loadd(6, b, 64);
-    _tile_dpbsud(0, 4, 6);
-    if (kWide) {
-      _tile_loadd(7, b + b_second, 64);
-      _tile_dpbsud(1, 4, 7);
-    }
-    b += b_stride;
-    _tile_loadd(5, a + k + kInputAlign, p.ldq);
-    _tile_loadd(6, b, 64);
-    _tile_dpbsud(2, 5, 6);
-    if (kWide) {
-      _tile_loadd(7, b + b_second, 64);
-      _tile_dpbsud(3, 5, 7);
-    }
-    b += b_stride;
-  }
-  if (k < p.k_pad) {
-    _tile_loadd(4, a + k, p.ldq);
-    _tile_loadd(6, b, 64);
-    _tile_dpbsud(0, 4, 6);
-    if (kWide) {
-      _tile_loadd(7, b + b_second, 64);
-      _tile_dpbsud(1, 4, 7);
-    }
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+TINYLM_INLINE void finish_low(const DotParams& p, int64_t row, int64_t block, int32_t* sums,
+                              const Sink& sink) {
+  store_sums(sums);
   for (int64_t i = 0; i < 512; i += 16) {
     store(sums + i, load<i32x16>(sums + i) + load<i32x16>(sums + 512 + i));
   }
   emit_tiles<kWide>(p, row, kTileRows, block, sums, sink);
 }
 
+/// All activation rows times a panel of the whole of K.
 template <bool kWide>
-TINYLM_INLINE void tile_rows(const uint8_t* b, int64_t b_stride, int64_t b_second,
-                             const DotParams& p, int64_t block, const Sink& sink) {
+TINYLM_INLINE void tile_rows(const Panel& panel, const DotParams& p, int64_t block,
+                             const Sink& sink) {
   alignas(64) int32_t sums[1024];
   int64_t row = 0;
   for (; p.m - row > kTileRows; row += 2 * kTileRows) {
-    high_tile<kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+    zero_sums();
+    add_high<kWide>(panel, p.q + row * p.ldq, p.ldq, p.k_pad);
+    finish_high<kWide>(p, row, block, sums, sink);
   }
-  if (row < p.m) low_tile<kWide>(b, b_stride, b_second, p, row, block, sums, sink);
+  if (row < p.m) {
+    zero_sums();
+    add_low<kWide>(panel, p.q + row * p.ldq, p.ldq, p.k_pad);
+    finish_low<kWide>(p, row, block, sums, sink);
+  }
+}
+
+/// Unpacks `count` inputs from `k` on, of one block or two.
+template <bool kWide>
+TINYLM_INLINE Panel unpack(const DotParams& p, int64_t block, int64_t k, int64_t count) {
+  const int64_t bytes = p.k_pad / 16 * kGroupBytes;
+  const uint8_t* weights = p.weights + block * bytes + k / 16 * kGroupBytes;
+  unpack_block(weights, count, p.panel);
+  if (kWide) unpack_block(weights + bytes, count, p.panel + kTileBytes);
+  return {reinterpret_cast<const uint8_t*>(p.panel), 2 * kTileBytes, kTileBytes};
+}
+
+/// Up to 32 activation rows: the panel is made a few inputs at a time and the sums stay in their
+/// tiles, so that nothing leaves the nearest cache.
+template <bool kWide>
+TINYLM_INLINE void few_rows(const DotParams& p, int64_t block, const Sink& sink) {
+  constexpr int64_t kInputsAtOnce = 256;
+  alignas(64) int32_t sums[1024];
+  zero_sums();
+  for (int64_t k = 0; k < p.k_pad; k += kInputsAtOnce) {
+    const int64_t count = p.k_pad - k < kInputsAtOnce ? p.k_pad - k : kInputsAtOnce;
+    const Panel panel = unpack<kWide>(p, block, k, count);
+    if (p.m > kTileRows) {
+      add_high<kWide>(panel, p.q + k, p.ldq, count);
+    } else {
+      add_low<kWide>(panel, p.q + k, p.ldq, count);
+    }
+  }
+  if (p.m > kTileRows) {
+    finish_high<kWide>(p, 0, block, sums, sink);
+  } else {
+    finish_low<kWide>(p, 0, block, sums, sink);
+  }
+}
+
+template <bool kWide>
+TINYLM_INLINE void ternary_blocks(const DotParams& p, int64_t block, const Sink& sink) {
+  if (p.m <= 2 * kTileRows) {
+    few_rows<kWide>(p, block, sink);
+  } else {
+    tile_rows<kWide>(unpack<kWide>(p, block, 0, p.k_pad), p, block, sink);
+  }
 }
 
 void dot_ternary(const DotParams& p, const Sink& sink) {
   if (p.m < kMinTileRows) return dot_ternary_vnni(p, sink);
   const Tiles tiles;
-  const int64_t bytes = p.k_pad / 16 * kGroupBytes;
-  const uint8_t* panel = reinterpret_cast<const uint8_t*>(p.panel);
-  for (int64_t block = p.first_block; block < p.last_block; block += 2) {
-    const bool wide = block + 1 < p.last_block;
-    unpack_block(p.weights + block * bytes, p.k_pad, p.panel);
-    if (wide) unpack_block(p.weights + (block + 1) * bytes, p.k_pad, p.panel + kTileBytes);
-    if (wide) {
-      tile_rows<true>(panel, 2 * kTileBytes, kTileBytes, p, block, sink);
-    } else {
-      tile_rows<false>(panel, 2 * kTileBytes, kTileBytes, p, block, sink);
-    }
-  }
+  int64_t block = p.first_block;
+  for (; block + 2 <= p.last_block; block += 2) ternary_blocks<true>(p, block, sink);
+  if (block < p.last_block) ternary_blocks<false>(p, block, sink);
 }
 
 /// int8 weights lie in memory as the tiles want them.
@@ -183,11 +227,11 @@ void dot_int8(const DotParams& p, const Sink& sink) {
   const Tiles tiles;
   const int64_t bytes = p.k_pad / 4 * kGroupBytes;
   for (int64_t block = p.first_block; block < p.last_block; block += 2) {
-    const uint8_t* b = p.weights + block * bytes;
+    const Panel panel = {p.weights + block * bytes, kTileBytes, bytes};
     if (block + 1 < p.last_block) {
-      tile_rows<true>(b, kTileBytes, bytes, p, block, sink);
+      tile_rows<true>(panel, p, block, sink);
     } else {
-      tile_rows<false>(b, kTileBytes, bytes, p, block, sink);
+      tile_rows<false>(panel, p, block, sink);
     }
   }
 }

@@ -135,21 +135,10 @@ void finish_fp8(const int32_t* sums, int64_t plane, int64_t ld, int64_t m, int64
   }
 }
 
-/// 1 / x to within 1 unit of float64 for x in [1, 1e305].
-TINYLM_INLINE f64x8 inverse(f64x8 x) {
-#if defined(__AVX512F__)
-  f64x8 y = (f64x8)_mm512_rcp14_pd((__m512d)x);  // 14 bits, 28, 56
-  y = fma(y, fma(-x, y, splat(1.0)), y);
-  return fma(y, fma(-x, y, splat(1.0)), y);
-#else
-  return splat(1.0) / x;
-#endif
-}
-
 /// x / (1 + e**-x), which is NaN for minus infinity, as in PyTorch and ONNX.
 TINYLM_INLINE f64x8 silu(f64x8 x) {
-  const f64x8 poison = x < splat(-700.0) ? x * 0.0 : splat(0.0);
-  return x * inverse(splat(1.0) + exp(-x)) + poison;
+  const f64x8 power = x < splat(-700.0) ? splat(HUGE_VAL) : exp(-x);
+  return x / (splat(1.0) + power);
 }
 
 void swiglu(const void* gate, const void* up, void* y, int64_t count, FloatType type) {
