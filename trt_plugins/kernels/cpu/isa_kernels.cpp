@@ -19,6 +19,12 @@
 
 namespace tinylm::cpu {
 
+#if defined(__AVX512VBMI__)
+constexpr auto to_digits = to_digits_vbmi;
+#else
+constexpr auto to_digits = to_digits_loop;
+#endif
+
 const KernelTable& TINYLM_FAMILY_TABLE() {
   static const KernelTable table = {
       dot_ternary, dot_int8,  quantize_int8, quantize_fp8, finish_fp8,

@@ -27,8 +27,9 @@ double largest_magnitude(const double* x, int64_t count) {
   return largest + poisoned;
 }
 
-void to_digits(const double* x, int64_t count, double unit, int8_t* digits, int64_t stride,
-               int32_t* sums) {
+#if !defined(__AVX512VBMI__)
+void to_digits_loop(const double* x, int64_t count, double unit, int8_t* digits, int64_t stride,
+                    int32_t* sums) {
   const f64x8 magic = splat(6755399441055744.0);  // 1.5 * 2**52: adding it rounds to an integer
   i64x8 totals[kWideDigits] = {};
   for (int64_t i = 0; i < count; i += 8) {
@@ -52,6 +53,7 @@ void to_digits(const double* x, int64_t count, double unit, int8_t* digits, int6
     sums[d] = static_cast<int32_t>(total);
   }
 }
+#endif
 
 void from_digits(const int32_t* sums, int64_t stride, int64_t count, double unit, double* out) {
   for (int64_t i = 0; i < count; i += 8) {
