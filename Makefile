@@ -6,14 +6,15 @@ READY := $(VENV)/.ready
 # Compiled modules make every later start of Python seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup lint test demo clean
+.PHONY: help setup native native-if-possible lint test demo clean
 
 help:
 	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
 	@echo "make test    ruff, mypy and pytest"
 	@echo "make lint    ruff and mypy only"
+	@echo "make native  build the CPU kernels for ONNX Runtime"
 	@echo "make setup   make $(VENV) only"
-	@echo "make clean   remove $(VENV), demo/ and caches"
+	@echo "make clean   remove $(VENV), build/, demo/ and caches"
 
 setup: $(READY)
 
@@ -26,6 +27,13 @@ $(READY): pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cpu,dev]'
 	@touch $@
 
+native: setup
+	$(BIN)/tinylm-export native build
+
+# Says so loudly where a compiler or header is missing; a build that fails still stops make.
+native-if-possible: setup
+	$(BIN)/tinylm-export native build --if-possible
+
 # mypy does not follow an editable install that renames a folder, so it gets a link.
 lint: setup
 	$(BIN)/ruff check .
@@ -33,10 +41,10 @@ lint: setup
 	@mkdir -p $(VENV)/typing && ln -sfn ../../export $(VENV)/typing/tinylm_export
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p tinylm -p tinylm_export
 
-test: lint
+test: lint native-if-possible
 	$(BIN)/pytest --numprocesses 2
 
-demo: setup
+demo: native-if-possible
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
 
 clean:

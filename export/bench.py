@@ -24,8 +24,9 @@ from tinylm.config import ModelConfig
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
 from tinylm_export.bench_report import BenchReport, BenchSettings, RuntimeResult, Spread, render
-from tinylm_export.bench_worker import RUNTIMES, WorkerSettings
+from tinylm_export.bench_worker import ORT_RUNTIMES, RUNTIMES, WorkerSettings
 from tinylm_export.machine import describe_machine
+from tinylm_export.native import BUILD_COMMAND, NativeInfo, choose
 from tinylm_export.ort_session import import_onnxruntime
 from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
 
@@ -42,6 +43,7 @@ def run_bench(
     *,
     checkpoint: str | Path | None = None,
     runtimes: Sequence[str] | None = None,
+    native: bool | None = None,
     show_progress: bool = False,
 ) -> BenchReport:
     """Measure every runtime that is there.
@@ -51,19 +53,22 @@ def run_bench(
         settings: What to time.
         checkpoint: Where the checkpoint is, if not where it was when it was exported.
         runtimes: Keys of :data:`tinylm_export.bench_worker.RUNTIMES`; default all that are there.
+        native: What ``"onnxruntime"`` runs the custom ops by: None for the native library if there
+            is one, True to require it, False for the function bodies.
         show_progress: Whether to show a progress bar on stderr, if that is a terminal.
 
     Raises:
         ConfigError: Prompt and new tokens do not fit the context.
         ExportError: Unknown runtime, one that was asked for is not there, or the runtimes give
             different tokens.
+        NativeError: The native library is required and not built, or can't be used.
     """
     directory, settings = Path(directory), settings or BenchSettings()
     info = ExportInfo.load(directory)
     config = ModelConfig.load(directory / "config.json")
     _check(directory, info, config, settings)
     source, problem = _find_checkpoint(directory, info, checkpoint)
-    chosen, left_out = _choose(runtimes, checkpoint_problem=problem)
+    chosen, left_out = _choose(runtimes, checkpoint_problem=problem, library=choose(native))
     requests = {
         name: WorkerSettings(
             runtime=name,
@@ -74,6 +79,7 @@ def run_bench(
             prompt=_prompt(config, settings),
             new_tokens=settings.new_tokens,
             num_threads=settings.num_threads,
+            native=native,
         )
         for name in chosen
     }
@@ -167,13 +173,13 @@ def _find_checkpoint(
 
 
 def _choose(
-    wanted: Sequence[str] | None, *, checkpoint_problem: str
+    wanted: Sequence[str] | None, *, checkpoint_problem: str, library: NativeInfo | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return the runtimes to measure, and why others are left out."""
     left_out = {}
     for name in RUNTIMES:
         try:
-            if name == "onnxruntime":
+            if name in ORT_RUNTIMES:
                 import_onnxruntime()
             elif checkpoint_problem:
                 left_out[name] = checkpoint_problem
@@ -184,6 +190,10 @@ def _choose(
             raise ExportError(f"runtime must be one of {', '.join(RUNTIMES)}, found {name!r}.")
         if name in left_out:
             raise ExportError(f"runtime {name!r} is not there: {left_out[name]}")
+    if not wanted and library is None and "onnxruntime-bodies" not in left_out:
+        left_out["onnxruntime-bodies"] = (
+            f"onnxruntime runs the function bodies already; build the library: {BUILD_COMMAND}"
+        )
     chosen = [name for name in RUNTIMES if name not in left_out and name in (wanted or RUNTIMES)]
     if not chosen:
         reasons = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -239,6 +249,7 @@ def _result(
     baseline, peak, held = (measured.memory[key] for key in keys)
     return RuntimeResult(
         runtime=name,
+        kernels=measured.load["kernels"],
         load_seconds=measured.load["load_seconds"],
         prefill_ms=Spread.of([1000 * seconds for seconds in prefill]),
         prefill_tokens_per_s=Spread.of([prompt_tokens / seconds for seconds in prefill]),
@@ -253,7 +264,7 @@ def _result(
 
 
 def _file_bytes(name: str, directory: Path, checkpoint: Path | None) -> int:
-    if name == "onnxruntime":
+    if name in ORT_RUNTIMES:
         return sum((directory / file).stat().st_size for file in (ONNX_FILE, DATA_FILE))
     assert checkpoint is not None
     return (checkpoint / MODEL_FILE).stat().st_size

@@ -70,6 +70,7 @@ class RuntimeResult:
 
     Attributes:
         runtime: Its name.
+        kernels: What ran the custom ops.
         load_seconds: From files to a model ready to run, checksums included.
         prefill_ms: Time of the prefill step, in milliseconds.
         prefill_tokens_per_s: Prompt tokens of all rows per second.
@@ -86,6 +87,7 @@ class RuntimeResult:
     """
 
     runtime: str
+    kernels: str
     load_seconds: float
     prefill_ms: Spread
     prefill_tokens_per_s: Spread
@@ -140,6 +142,7 @@ def render(report: BenchReport) -> RenderableType:
         table.add_column(result.runtime, justify="right")
     results = report.results
     for label, cells in {
+        "kernels": [r.kernels for r in results],
         "prefill tokens/s": [f"{r.prefill_tokens_per_s:,.1f}" for r in results],
         "prefill ms": [f"{r.prefill_ms:.2f}" for r in results],
         "decode tokens/s": [f"{r.decode_tokens_per_s:,.1f}" for r in results],

@@ -3,7 +3,7 @@
 A fresh process makes the resident set mean something: what it grows by is this runtime's weights,
 workspace and cache. Requests come by stdin and replies go to stdout, one JSON object a line::
 
-    {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., ...}
+    {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., "kernels": ...}
     {"do": "answer"} -> {"tokens": [steps][batch], "margins": [steps][batch]}
     {"do": "time"}   -> {"prefill_seconds": ..., "decode_seconds": ...}
     {"do": "memory"} -> {"baseline_bytes": ..., "peak_bytes": ..., "held_bytes": ...}
@@ -48,6 +48,7 @@ class WorkerSettings:
         prompt: Token ids [B, S]; the rows are equally long.
         new_tokens: Decode steps after the prompt.
         num_threads: Threads within an op; None for the runtime's own choice.
+        native: Whether ``"onnxruntime"`` uses the native library; None if there is one.
     """
 
     runtime: str
@@ -58,6 +59,7 @@ class WorkerSettings:
     prompt: list[list[int]]
     new_tokens: int
     num_threads: int | None
+    native: bool | None = None
 
 
 def _torch_model(settings: WorkerSettings) -> TinyLM:
@@ -78,14 +80,20 @@ def _pytorch_packed(settings: WorkerSettings) -> Session:
 def _onnxruntime(settings: WorkerSettings) -> Session:
     from tinylm_export.ort_session import OrtSession
 
-    return OrtSession(settings.directory, num_threads=settings.num_threads)
+    return OrtSession(settings.directory, num_threads=settings.num_threads, native=settings.native)
+
+
+def _onnxruntime_bodies(settings: WorkerSettings) -> Session:
+    return _onnxruntime(dataclasses.replace(settings, native=False))
 
 
 RUNTIMES: dict[str, Callable[[WorkerSettings], Session]] = {
     "pytorch": _pytorch,
     "pytorch-packed": _pytorch_packed,
     "onnxruntime": _onnxruntime,
+    "onnxruntime-bodies": _onnxruntime_bodies,
 }
+ORT_RUNTIMES = ("onnxruntime", "onnxruntime-bodies")
 
 
 class Worker:
@@ -106,7 +114,7 @@ class Worker:
 
     def load(self, settings: WorkerSettings) -> dict[str, Any]:
         """Load the runtime; the resident set counts from here, with its libraries in memory."""
-        if settings.runtime == "onnxruntime":
+        if settings.runtime in ORT_RUNTIMES:
             from tinylm_export.ort_session import import_onnxruntime
 
             import_onnxruntime()
@@ -118,7 +126,8 @@ class Worker:
         self._session = RUNTIMES[settings.runtime](settings)
         seconds = time.perf_counter() - start
         self._settings = settings
-        return {"load_seconds": seconds}
+        kernels = getattr(self._session, "kernels", "PyTorch")
+        return {"load_seconds": seconds, "kernels": kernels}
 
     def answer(self) -> dict[str, Any]:
         """Generate greedily; a token's margin is its logit's lead over the next best one."""

@@ -6,6 +6,7 @@ Modules that take long to import are imported inside the commands, so that ``--h
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,12 @@ class ActivationChoice(str, enum.Enum):
 
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="What `tinylm-export onnx` wrote.")]
+NoNative = Annotated[
+    bool,
+    typer.Option(
+        "--no-native", help="Run the function bodies even if the native library is built."
+    ),
+]
 CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="The checkpoint it was exported from, if it was moved."),
@@ -132,6 +139,7 @@ def parity(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Picture to write. Default: DIR-parity.png.")
     ] = None,
+    no_native: NoNative = False,
     json: Json = None,
 ) -> None:
     """Prove that PyTorch and each runtime say the same; exit 1 if they don't.
@@ -145,6 +153,7 @@ def parity(
         num_tokens=num_tokens,
         length=length,
         plot=plot,
+        native=False if no_native else None,
         json=json,
     )
 
@@ -157,6 +166,7 @@ def _prove(
     num_tokens: int = DEFAULT_PARITY_TOKENS,
     length: int = DEFAULT_PARITY_LENGTH,
     plot: Path | None = None,
+    native: bool | None = None,
     json: Path | None = None,
 ) -> None:
     """Run parity, show it, and exit with 1 if it fails."""
@@ -183,6 +193,7 @@ def _prove(
             checkpoint=checkpoint,
             num_tokens=num_tokens,
             length=length,
+            native=native,
             data=data,
             progress=progress,
         )
@@ -252,6 +263,7 @@ def generate(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
     ] = None,
+    no_native: NoNative = False,
     json: Json = None,
 ) -> None:
     """Continue a prompt on ONNX Runtime, streaming the text as it is made."""
@@ -260,7 +272,7 @@ def generate(
     from tinylm_export.ort_session import OrtSession
 
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    session = OrtSession(directory, num_threads=threads)
+    session = OrtSession(directory, num_threads=threads, native=False if no_native else None)
     values = stream_prompt(
         session,
         load_tokenizer(directory, vocab_size=session.config.vocab_size),
@@ -269,7 +281,8 @@ def generate(
         sampling=sampling,
         seed=seed,
     )
-    write_json(json, {"directory": str(directory), **values})
+    print(f"[kernels: {session.kernels}]", file=sys.stderr)
+    write_json(json, {"directory": str(directory), "kernels": session.kernels, **values})
 
 
 @app.command(epilog="Example: tinylm-export bench onnx --prompt-len 128 --json bench.json")
@@ -280,7 +293,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--runtime",
-            help="pytorch, pytorch-packed or onnxruntime; may be given again. Default: all.",
+            help="pytorch, pytorch-packed, onnxruntime (native if built) or onnxruntime-bodies; "
+            "may be given again. Default: all.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows.")] = 1,
@@ -296,6 +310,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
     ] = None,
+    no_native: NoNative = False,
     json: Json = None,
 ) -> None:
     """Measure prefill and decode speed and memory of each runtime that is there.
@@ -314,7 +329,12 @@ def bench(
         num_threads=threads,
     )
     report = run_bench(
-        directory, settings, checkpoint=checkpoint, runtimes=runtime, show_progress=True
+        directory,
+        settings,
+        checkpoint=checkpoint,
+        runtimes=runtime,
+        native=False if no_native else None,
+        show_progress=True,
     )
     Console().print(render(report))
     write_json(json, report.to_dict())

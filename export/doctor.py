@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylm_export import doctor_native as native
+from tinylm_export import doctor_ops as ops
 from tinylm_export import doctor_python as python
 from tinylm_export.doctor_check import Check, first_line
 from tinylm_export.machine import installed_versions
@@ -47,7 +48,8 @@ def run_doctor() -> DoctorReport:
         "Python packages": python.check_requirements,
         "CUDA GPU": native.check_gpu,
         "ONNX Runtime": lambda: python.check_onnxruntime_package(ort),
-        "BitLinear in ONNX Runtime": python.check_onnxruntime_runs,
+        "BitLinear in ONNX Runtime": ops.check_onnxruntime_runs,
+        "Native ops": ops.check_native_ops,
         "Default tokenizer": python.check_default_tokenizer,
         "Llama 2 tokenizer": python.check_llama2_tokenizer,
         "flash-attn": native.check_flash_attn,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinylm.errors import TinyLMError
 from tinylm.paths import cache_dir
-from tinylm_export.doctor_check import Check, first_line
+from tinylm_export.doctor_check import Check
 from tinylm_export.machine import installed_versions
 
 MIN_PYTHON = (3, 10)
@@ -98,81 +98,6 @@ def check_onnxruntime_package(installed: Mapping[str, str]) -> Check:
             command="pip install 'tinylm[cpu]'  # or 'tinylm[gpu]' on a CUDA machine",
         )
     return Check(name=name, status="ok", found=found, needed_for=needed_for)
-
-
-def check_onnxruntime_runs() -> Check:
-    """Run a BitLinear by its function body in ONNX Runtime, and compare it with PyTorch."""
-    name, needed_for = "BitLinear in ONNX Runtime", "exported models without a custom-op library"
-    try:
-        difference = _bit_linear_difference()
-    except ImportError:
-        raise
-    except Exception as error:  # whatever a broken installation raises
-        return Check(
-            name=name,
-            status="problem",
-            found=first_line(error),
-            needed_for=needed_for,
-            command="pip install --upgrade --force-reinstall onnxruntime",
-        )
-    if difference == 0.0:
-        found = "same result as PyTorch, bit for bit"
-        return Check(name=name, status="ok", found=found, needed_for=needed_for)
-    return Check(
-        name=name,
-        status="problem",
-        found=f"differs from PyTorch by up to {difference:.3g}",
-        needed_for=needed_for,
-        command="pip install --upgrade torch onnxruntime",
-    )
-
-
-def _bit_linear_difference() -> float:
-    """Return the largest difference between the op in PyTorch and its body in ONNX Runtime."""
-    import onnx
-    import torch
-
-    from tinylm.bitlinear import PackedBitLinear
-    from tinylm.config import float32
-    from tinylm.norm import rms_norm
-    from tinylm.packing import pack
-    from tinylm_export.function_bodies import function_bodies
-    from tinylm_export.ops import DOMAIN, IR_VERSION, OPSET, VERSION
-    from tinylm_export.ort_session import import_onnxruntime, make_inference_session
-
-    import_onnxruntime()
-    generator = torch.Generator().manual_seed(0)
-    num_inputs, num_outputs, eps = 64, 32, float32(1e-5)
-    tensors = {
-        "x": torch.randn(2, 3, num_inputs, generator=generator),
-        "weight": pack(torch.randint(-1, 2, (num_outputs, num_inputs), generator=generator)),
-        "weight_scale": torch.rand(num_outputs, generator=generator) + 0.5,
-        "norm_weight": torch.rand(num_inputs, generator=generator) + 0.5,
-    }
-    inputs = [
-        onnx.helper.make_tensor_value_info(
-            key, onnx.helper.np_dtype_to_tensor_dtype(value.numpy().dtype), list(value.shape)
-        )
-        for key, value in tensors.items()
-    ]
-    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3, num_outputs])
-    node = onnx.helper.make_node("BitLinear", list(tensors), ["y"], domain=DOMAIN)
-    node.attribute.append(onnx.helper.make_attribute("activation", "int8"))
-    node.attribute.append(onnx.helper.make_attribute("eps", eps))
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "doctor", inputs, [output]),
-        functions=function_bodies("int8")[:1],
-        opset_imports=[
-            onnx.helper.make_opsetid("", OPSET),
-            onnx.helper.make_opsetid(DOMAIN, VERSION),
-        ],
-        ir_version=IR_VERSION,
-    )
-    session = make_inference_session(model.SerializeToString())
-    found = session.run(["y"], {key: value.numpy() for key, value in tensors.items()})[0]
-    normed = rms_norm(tensors["x"], tensors["norm_weight"], eps)
-    expected = PackedBitLinear(tensors["weight"], tensors["weight_scale"])(normed)
-    return float((torch.from_numpy(found) - expected).abs().max())
 
 
 def check_default_tokenizer() -> Check:

@@ -104,7 +104,7 @@ def find_library() -> Path | None:
     if named:
         raise NativeError(
             f"{FOLDER_VARIABLE}={named}: expected {LIBRARY_NAME} in it or in its lib/, found none. "
-            f"Unset the variable, or run `{BUILD_COMMAND}`, which builds it there."
+            f"Unset {FOLDER_VARIABLE}, or run `{BUILD_COMMAND}`, which builds it there."
         )
     return _in_folder(cached_folder())
 

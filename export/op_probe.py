@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from tinylm.errors import ExportError
 from tinylm.norm import rms_norm
 from tinylm.packing import unpack
 from tinylm.quantization import accumulate, quantize_activation
+from tinylm_export.bit_linear_model import BitLinearWeights
 from tinylm_export.function_bodies import function_bodies
 from tinylm_export.ops import BIT_LINEAR, IR_VERSION, OPSET
 from tinylm_export.ort_session import make_inference_session
@@ -39,22 +42,27 @@ def norm_path(bit_linear: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitLinearWeights:
-    """What the graph holds for one BitLinear.
+class Probed:
+    """What a runtime's layer computed.
 
     Attributes:
-        weight: uint8 [N, K / 4].
-        weight_scale: float32 [N].
-        norm_weight: float32 [K].
-        activation: Number format.
-        eps: Of the norm.
+        q: Quantised activations [M, K].
+        values: What shows its sums [M, N]: the sums themselves, or the output.
+        expected: Turns exact sums, float32 [M, N], into the ``values`` that follow from them.
     """
 
-    weight: np.ndarray
-    weight_scale: np.ndarray
-    norm_weight: np.ndarray
-    activation: str
-    eps: float
+    q: Tensor
+    values: Tensor
+    expected: Callable[[Tensor], Tensor]
+
+
+class Probe(Protocol):
+    """One BitLinear of a runtime."""
+
+    weights: BitLinearWeights
+
+    def run(self, x: Tensor, s: Tensor) -> Probed:
+        """Run on x, float32 [M, K], whose multiplier in PyTorch is s, float32 [M, 1]."""
 
 
 def read_weights(model: ir.Model, name: str, activation: str, eps: float) -> BitLinearWeights:
@@ -96,13 +104,17 @@ class BitLinearProbe:
         self.weights = weights
         # One thread: there are many probes, and the idle threads of each would wait busily.
         self._session = make_inference_session(
-            _probe_model(weights).SerializeToString(), num_threads=1
+            _probe_model(weights).SerializeToString(), num_threads=1, native=False
         )
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Run on x, float32 [M, K]: quantised activations [M, K] and exact sums [M, N]."""
+    def run(self, x: Tensor, s: Tensor) -> Probed:
+        """Run on x, float32 [M, K]; the sums are inner values of the body."""
         q, total = self._session.run(None, {"x": x.numpy()})
-        return torch.from_numpy(q), torch.from_numpy(total)
+        return Probed(
+            q=torch.from_numpy(q),
+            values=torch.from_numpy(total).float(),
+            expected=lambda exact: exact,
+        )
 
 
 def _probe_model(weights: BitLinearWeights) -> onnx.ModelProto:
@@ -116,8 +128,8 @@ def _probe_model(weights: BitLinearWeights) -> onnx.ModelProto:
                 made = onnx.helper.make_attribute(attribute.name, values[attribute.ref_attr_name])
                 node.attribute[i].CopyFrom(made)
         nodes.append(node)
-    num_inputs = 4 * weights.weight.shape[1]
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["tokens", num_inputs])
+    real = onnx.TensorProto.FLOAT
+    x = onnx.helper.make_tensor_value_info("x", real, ["tokens", weights.num_inputs])
     integer = weights.activation == "int8"
     outputs = ["quantized", "accumulator" if integer else "accumulator_float"]
     graph = onnx.helper.make_graph(
@@ -141,7 +153,7 @@ def compare_bit_linear(
     norm_weight: Tensor,
     eps: float,
     codes: Tensor,
-    probe: BitLinearProbe,
+    probe: Probe,
 ) -> BitLinearAgreement:
     """Compare one BitLinear with PyTorch's on the same input.
 
@@ -154,17 +166,18 @@ def compare_bit_linear(
         probe: The runtime's layer.
     """
     activation = probe.weights.activation
-    q_ref, _ = quantize_activation(rms_norm(x, norm_weight, eps), activation)
+    q_ref, s_ref = quantize_activation(rms_norm(x, norm_weight, eps), activation)
     total_ref = accumulate(q_ref, codes, activation)
-    q, total = probe.run(x)
-    q = q.float()
+    found = probe.run(x, s_ref)
+    q = found.q.float()
     different = q != q_ref
     steps = (_step_index(q, activation) - _step_index(q_ref, activation)).abs()
     packed = torch.from_numpy(probe.weights.weight.copy())  # the mapped file is read-only
     own_codes = unpack(packed, torch.float32)
     own_total = accumulate(q, own_codes, activation)
     same_row = ~different.any(dim=1, keepdim=True)
-    wrong = (total.float() != own_total) | (same_row & (total.float() != total_ref))
+    wrong = found.values != found.expected(own_total)
+    wrong |= same_row & (found.values != found.expected(total_ref))
     examples = [
         f"token {token}, channel {channel}: PyTorch {q_ref[token, channel]:g}, "
         f"runtime {q[token, channel]:g}"
@@ -175,7 +188,7 @@ def compare_bit_linear(
         num_activations=q.numel(),
         flips=int(different.sum()),
         max_steps=int(steps.max()),
-        num_accumulators=total.numel(),
+        num_accumulators=found.values.numel(),
         mismatches=int(wrong.sum()),
         examples=examples,
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tinylm.config import ModelConfig
 from tinylm.directory import check_sums
-from tinylm.errors import ExportError
+from tinylm.errors import ExportError, NativeError
+from tinylm_export.native import BUILD_COMMAND, choose, describe_kernels
 from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE, ExportInfo
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ def import_onnxruntime() -> object:
 
 
 def make_inference_session(
-    model: bytes | Path, *, num_threads: int | None = None, data_folder: Path | None = None
+    model: bytes | Path,
+    *,
+    num_threads: int | None = None,
+    data_folder: Path | None = None,
+    native: bool | None = None,
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session on the CPU.
 
@@ -47,12 +52,17 @@ def make_inference_session(
         model: Path of a model, or its bytes.
         num_threads: Threads within an op; default ONNX Runtime's own choice.
         data_folder: Where the weights' file lies, for a model given as bytes.
+        native: What runs the custom ops: None for the native library if there is one, True to
+            require it, False for the function bodies.
 
     Raises:
         ExportError: ONNX Runtime can't load the model; holds its reason.
+        NativeError: The native library is required and not built, or there is one that can't be
+            used.
     """
     import onnxruntime as ort
 
+    library = choose(native)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if num_threads is not None:
@@ -60,6 +70,14 @@ def make_inference_session(
     if data_folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(data_folder))
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library.path))
+        except Exception as error:  # as below
+            raise NativeError(
+                f"{library.path}: ONNX Runtime {ort.__version__} can't load it: {error}. Run "
+                f"`{BUILD_COMMAND}`."
+            ) from error
     try:
         return ort.InferenceSession(
             model,
@@ -85,22 +103,41 @@ class OrtSession:
         directory: What ``tinylm-export onnx`` wrote.
         num_threads: Threads within an op; default ONNX Runtime's own choice.
         verify: Whether to compare the files with ``SHA256SUMS`` first.
+        native: What runs the custom ops: None for the native library if there is one, True to
+            require it, False for the function bodies.
+
+    Attributes:
+        kernels: What runs the custom ops, as a text for people.
+        library: The native library, or None for the function bodies.
 
     Raises:
         ExportError: Not an exported directory, altered files, another task, or no onnxruntime.
+        NativeError: The native library is required and not built, or there is one that can't be
+            used.
     """
 
     def __init__(
-        self, directory: str | Path, *, num_threads: int | None = None, verify: bool = True
+        self,
+        directory: str | Path,
+        *,
+        num_threads: int | None = None,
+        verify: bool = True,
+        native: bool | None = None,
     ) -> None:
         import_onnxruntime()
+        self.library = choose(native)
+        self.kernels = describe_kernels(self.library)
         self.directory = Path(directory)
         self.info = ExportInfo.load(self.directory)
         if verify:
             required = (ONNX_FILE, DATA_FILE, EXPORT_FILE)
             check_sums(self.directory, required=required, error=ExportError, hint=_HINT)
         self.config = ModelConfig.load(self.directory / "config.json")
-        self.session = make_inference_session(self.directory / ONNX_FILE, num_threads=num_threads)
+        self.session = make_inference_session(
+            self.directory / ONNX_FILE,
+            num_threads=num_threads,
+            native=self.library is not None,
+        )
         self._binding: onnxruntime.IOBinding | None = None
         # A binding borrows memory; these own it.
         self._buffers: list[onnxruntime.OrtValue] = []

@@ -17,16 +17,11 @@ from tinylm.errors import DataError
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
+from tinylm_export.bit_linear_model import BitLinearWeights
 from tinylm_export.head_effect import head_effect
 from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.machine import describe_machine
-from tinylm_export.op_probe import (
-    BitLinearProbe,
-    compare_bit_linear,
-    merge,
-    norm_path,
-    read_weights,
-)
+from tinylm_export.op_probe import Probe, compare_bit_linear, merge, norm_path, read_weights
 from tinylm_export.parity_reference import bit_linear_names, run_reference
 from tinylm_export.parity_report import (
     BitLinearAgreement,
@@ -113,7 +108,7 @@ def compare_prefill(
         The agreements, and PyTorch's logits [B, S, V] for :func:`compare_decode`.
     """
     names = bit_linear_names(model)
-    probes = {name: _probe(model, graph, name) for name in names}
+    probes = {name: _probe(model, graph, name, runtime.probe) for name in names}
     codes = {name: _bit_linear(model, name).weight_codes(torch.float32)[0] for name in names}
     meter = LogitMeter("prefill")
     linears: dict[str, list[BitLinearAgreement]] = {name: [] for name in names}
@@ -156,9 +151,11 @@ def _norm(model: TinyLM, bit_linear: str) -> RMSNorm:
     return norm
 
 
-def _probe(model: TinyLM, graph: ir.Model, name: str) -> BitLinearProbe:
+def _probe(
+    model: TinyLM, graph: ir.Model, name: str, make: Callable[[BitLinearWeights], Probe]
+) -> Probe:
     activation, eps = _bit_linear(model, name).activation, _norm(model, name).eps
-    return BitLinearProbe(read_weights(graph, name, activation, eps))
+    return make(read_weights(graph, name, activation, eps))
 
 
 def _difference(node: str, reference: Tensor, found: Tensor) -> LayerDifference:
@@ -230,6 +227,7 @@ def run_parity(
     checkpoint: str | Path | None = None,
     num_tokens: int = 4096,
     length: int | None = None,
+    native: bool | None = None,
     data: dict[str, Any] | None = None,
     progress: Progress = lambda text, fraction: None,
 ) -> ParityReport:
@@ -241,6 +239,8 @@ def run_parity(
         checkpoint: The checkpoint it was made from; default the one that was recorded.
         num_tokens: Least tokens to compare.
         length: Longest row; default 256, or the context if that is shorter.
+        native: What runs the custom ops: None for the native library if there is one, True to
+            require it, False for the function bodies.
         data: Where the tokens came from, for the report.
         progress: Told the phase and how much of it is done, 0 to 1.
 
@@ -248,6 +248,7 @@ def run_parity(
         CheckpointError: The checkpoint is missing, or not the one that was exported.
         DataError: Too few tokens.
         ExportError: The directory can't be used.
+        NativeError: The native library is required and not built, can't be used, or was not used.
     """
     directory = Path(directory)
     info = ExportInfo.load(directory)
@@ -257,7 +258,7 @@ def run_parity(
     graph = ir.load(directory / ONNX_FILE)
     rows_at_once = max(1, _TOKENS_AT_ONCE // length)
     runtimes = []
-    for runtime in (OrtRuntime(directory),):
+    for runtime in (OrtRuntime(directory, native=native),):
         prefill, linears, layers, logits = compare_prefill(
             model, runtime, graph, batch, rows_at_once, progress
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from tinylm.generate import Session
+from tinylm_export.bit_linear_model import BitLinearWeights
+from tinylm_export.kernel_meter import KernelMeter, MeteredSession
+from tinylm_export.op_probe import BitLinearProbe, Probe
+from tinylm_export.op_probe_native import NativeBitLinearProbe
 from tinylm_export.ort_session import OrtSession, make_inference_session
 from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.mark_outputs import mark_outputs
@@ -21,7 +26,14 @@ class ParityRuntime(Protocol):
 
     name: str
     version: str
-    kernels: str
+
+    @property
+    def kernels(self) -> str:
+        """What ran the custom ops."""
+
+    @property
+    def probe(self) -> Callable[[BitLinearWeights], Probe]:
+        """Makes a single BitLinear that runs as those of the graph do."""
 
     @property
     def session(self) -> Session:
@@ -36,17 +48,35 @@ class OrtRuntime:
 
     Args:
         directory: What ``tinylm-export onnx`` wrote.
+        native: What runs the custom ops: None for the native library if there is one, True to
+            require it, False for the function bodies.
+
+    Raises:
+        ExportError: The directory can't be used.
+        NativeError: The native library is required and not built, or can't be used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, native: bool | None = None) -> None:
         import onnxruntime
 
         self.name, self.version = "ONNX Runtime", onnxruntime.__version__
-        self.kernels = "function bodies in standard ops"
-        self.session = OrtSession(directory)
+        session = OrtSession(directory, native=native)
+        self._info = session.info
+        self._meter = KernelMeter(session.library, ir.load(directory / ONNX_FILE))
+        self.session: Session = MeteredSession(session, self._meter)
         self._directory = directory
         self._inner: Any = None
         self._value_names: dict[str, str] = {}
+
+    @property
+    def kernels(self) -> str:
+        """What ran the custom ops, proven by the library's own count."""
+        return self._meter.describe()
+
+    @property
+    def probe(self) -> Callable[[BitLinearWeights], Probe]:
+        """Makes a single BitLinear that runs as those of the graph do."""
+        return BitLinearProbe if self._meter.library is None else NativeBitLinearProbe
 
     def prefill(self, input_ids: Tensor, seq_lens: Tensor, nodes: list[str]) -> dict[str, Tensor]:
         """Run a right-padded batch from an empty cache, with the nodes' outputs beside it."""
@@ -54,11 +84,13 @@ class OrtRuntime:
             model = expose_all_logits(ir.load(self._directory / ONNX_FILE))
             self._value_names = mark_outputs(model, nodes)
             data = ir.to_proto(model).SerializeToString()
-            self._inner = make_inference_session(data, data_folder=self._directory)
+            self._inner = make_inference_session(
+                data, data_folder=self._directory, native=self._meter.library is not None
+            )
         config = self.session.config
         batch, length = input_ids.shape
         feeds: dict[str, Any] = {"input_ids": input_ids.numpy()}
-        if self.session.info.task == "text-generation":
+        if self._info.task == "text-generation":
             mask = torch.arange(length) < seq_lens[:, None]
             feeds["attention_mask"] = mask.long().numpy()
         else:
@@ -73,6 +105,7 @@ class OrtRuntime:
                 feeds |= {f"past.{i}.{part}": t.numpy() for part, t in shapes.items()}
         # The head's output is both a node's and the logits.
         names = list(dict.fromkeys(["logits", *self._value_names.values()]))
-        results = map(torch.from_numpy, self._inner.run(names, feeds))
+        with self._meter.one_run():
+            results = map(torch.from_numpy, self._inner.run(names, feeds))
         values = dict(zip(names, results, strict=True))
         return {"logits": values["logits"]} | {n: values[self._value_names[n]] for n in nodes}

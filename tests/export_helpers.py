@@ -66,7 +66,7 @@ def op_model(op: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, An
 
 def run_onnx(model: Any, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Run a model in a stock ONNX Runtime."""
-    session = make_inference_session(model.SerializeToString(), num_threads=1)
+    session = make_inference_session(model.SerializeToString(), num_threads=1, native=False)
     found = session.run(None, {name: t.numpy() for name, t in tensors.items()})
     return [torch.from_numpy(array) for array in found]
 

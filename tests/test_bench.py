@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from export_helpers import PLAIN, make_checkpoint, make_export
+from native_helpers import LIBRARY, needs_library
 from rich.console import Console
 
 from tinylm import TinyLM
@@ -16,7 +17,7 @@ from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
 from tinylm_export.bench import check_answers, run_bench
 from tinylm_export.bench_report import BenchReport, BenchSettings, Spread, render
-from tinylm_export.bench_worker import RUNTIMES
+from tinylm_export.bench_worker import ORT_RUNTIMES, RUNTIMES
 from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE, export_onnx
 
 SMALL = BenchSettings(batch_size=2, prompt_len=6, new_tokens=4, repeats=3, warmup=1, num_threads=1)
@@ -43,8 +44,13 @@ def report(exported: tuple[TinyLM, Path]) -> BenchReport:
 
 
 def test_every_runtime_is_measured(report: BenchReport) -> None:
-    assert [result.runtime for result in report.results] == list(RUNTIMES)
-    assert not report.left_out
+    if LIBRARY is None:
+        expected = [name for name in RUNTIMES if name != "onnxruntime-bodies"]
+        assert "build the library" in report.left_out["onnxruntime-bodies"]
+    else:
+        expected = list(RUNTIMES)
+        assert not report.left_out
+    assert [result.runtime for result in report.results] == expected
     for result in report.results:
         for spread in (
             result.prefill_ms,
@@ -54,6 +60,23 @@ def test_every_runtime_is_measured(report: BenchReport) -> None:
         ):
             assert 0 < spread.minimum <= spread.median <= spread.maximum
         assert result.load_seconds > 0
+
+
+@needs_library
+def test_native_kernels_and_function_bodies_stand_side_by_side(report: BenchReport) -> None:
+    kernels = {result.runtime: result.kernels for result in report.results}
+    assert kernels["onnxruntime"].startswith("tinylm 0.1.0 native, ")
+    assert kernels["onnxruntime-bodies"] == "function bodies in standard ops"
+    assert kernels["pytorch"] == "PyTorch"
+
+
+def test_without_native_kernels_the_bodies_are_measured_once(
+    exported: tuple[TinyLM, Path],
+) -> None:
+    report = run_bench(exported[1], SMALL, native=False)
+    kernels = {result.runtime: result.kernels for result in report.results}
+    assert kernels["onnxruntime"] == "function bodies in standard ops"
+    assert "already" in report.left_out["onnxruntime-bodies"]
 
 
 def test_speeds_are_tokens_over_time(report: BenchReport) -> None:
@@ -72,7 +95,7 @@ def test_sizes(report: BenchReport, exported: tuple[TinyLM, Path]) -> None:
     weights = (directory.parent / "checkpoint" / "model.safetensors").stat().st_size
     for result in report.results:
         assert result.cache_bytes == cache
-        assert result.file_bytes == (files if result.runtime == "onnxruntime" else weights)
+        assert result.file_bytes == (files if result.runtime in ORT_RUNTIMES else weights)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
@@ -144,8 +167,8 @@ def test_a_checkpoint_that_is_gone_leaves_pytorch_out(
 ) -> None:
     moved = Path(shutil.copytree(exported[1], tmp_path / "elsewhere" / "onnx"))
     report = run_bench(moved, SMALL)
-    assert [result.runtime for result in report.results] == ["onnxruntime"]
-    assert set(report.left_out) == {"pytorch", "pytorch-packed"}
+    assert {result.runtime for result in report.results} <= set(ORT_RUNTIMES)
+    assert {"pytorch", "pytorch-packed"} <= set(report.left_out)
     assert "give it with --checkpoint" in report.left_out["pytorch"]
     with pytest.raises(ExportError, match=r"runtime 'pytorch' is not there: .*--checkpoint"):
         run_bench(moved, SMALL, runtimes=["pytorch"])

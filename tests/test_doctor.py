@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from native_helpers import needs_library
 from rich.console import Console
 
 from tinylm_export.doctor import DoctorReport, attempt, render, run_doctor
@@ -16,11 +17,11 @@ from tinylm_export.doctor_native import (
     check_nvcc,
     check_tensorrt,
 )
+from tinylm_export.doctor_ops import check_native_ops, check_onnxruntime_runs
 from tinylm_export.doctor_python import (
     check_default_tokenizer,
     check_llama2_tokenizer,
     check_onnxruntime_package,
-    check_onnxruntime_runs,
     check_python,
     check_requirements,
 )
@@ -39,7 +40,7 @@ def test_this_machine_is_healthy(report: DoctorReport) -> None:
 
 def test_every_check_says_what_it_is_for(report: DoctorReport) -> None:
     names = [check.name for check in report.checks]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 13
     for check in report.checks:
         assert check.found and check.needed_for
         assert check.status != "ok" or not check.command
@@ -114,6 +115,37 @@ def test_an_onnxruntime_that_does_not_work_is_a_problem(monkeypatch: pytest.Monk
     check = check_onnxruntime_runs()
     assert check.status == "problem"
     assert "can't load it" in check.found
+
+
+@needs_library
+def test_native_ops_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = check_native_ops()
+    assert check.status == "ok"
+    assert check.found.startswith("tinylm 0.1.0 native, ")
+    # Another rounding in the body stands for one in the library.
+    from tinylm_export import function_bodies
+
+    body = function_bodies._QUANTIZE_INT8.replace("Round (steps)", "Floor (steps)")
+    monkeypatch.setattr(function_bodies, "_QUANTIZE_INT8", body)
+    check = check_native_ops()
+    assert check.status == "problem"
+    assert "differs from the function body by up to " in check.found
+    assert check.command == "tinylm-export native build"
+
+
+def test_native_ops_are_optional_and_a_wrong_folder_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinylm_export import native
+
+    monkeypatch.setenv("TINYLM_NATIVE_DIR", str(tmp_path))
+    check = check_native_ops()
+    assert (check.status, check.command) == ("problem", "unset TINYLM_NATIVE_DIR")
+    monkeypatch.delenv("TINYLM_NATIVE_DIR")
+    monkeypatch.setattr(native, "build_folder", lambda: tmp_path)
+    monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
+    check = check_native_ops()
+    assert (check.status, check.command) == ("optional", "tinylm-export native build")
 
 
 def test_old_python() -> None:

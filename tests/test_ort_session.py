@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from export_helpers import PLAIN, make_export
 from model_helpers import ragged_batch
+from native_helpers import kernel_calls, needs_library
 from tolerances import LOGITS, assert_equal
 from torch import Tensor
 
@@ -20,20 +22,49 @@ from tinylm_export.ort_session import OrtSession, make_inference_session
 class Pair(NamedTuple):
     model: TinyLM
     directory: Path
+    native: bool
 
     def session(self) -> OrtSession:
-        return OrtSession(self.directory, num_threads=1)
+        return OrtSession(self.directory, num_threads=1, native=self.native)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="bodies"),
+        pytest.param(True, id="native", marks=needs_library),
+    ],
+)
+def native(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8_e4m3"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native: bool
+) -> Pair:
     folder = tmp_path_factory.mktemp("ort")
-    return Pair(*make_export(folder, activation=request.param))
+    return Pair(*make_export(folder, activation=request.param), native)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(*make_export(tmp_path_factory.mktemp("plain"), task=PLAIN))
+def plain(tmp_path_factory: pytest.TempPathFactory, native: bool) -> Pair:
+    return Pair(*make_export(tmp_path_factory.mktemp("plain"), task=PLAIN), native)
+
+
+@needs_library
+def test_the_library_is_used_unless_told_otherwise(pair: Pair) -> None:
+    session = OrtSession(pair.directory)
+    assert re.fullmatch(r"tinylm 0\.1\.0 native, [a-z0-9-]+", session.kernels)
+    before = kernel_calls("FlashMLA")
+    session.start(1, 4)
+    session.step(torch.ones(1, 2, dtype=torch.int64), torch.tensor([2]))
+    assert kernel_calls("FlashMLA") == before + pair.model.config.num_layers
+    session = OrtSession(pair.directory, native=False)
+    assert session.kernels == "function bodies in standard ops"
+    session.start(1, 4)
+    session.step(torch.ones(1, 2, dtype=torch.int64), torch.tensor([2]))
+    assert kernel_calls("FlashMLA") == before + pair.model.config.num_layers
 
 
 def test_greedy_text_is_pytorchs(pair: Pair) -> None:

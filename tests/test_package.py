@@ -10,11 +10,18 @@ from pathlib import Path
 import pytest
 import typer
 
+import tinylm
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def modules(folder: str) -> set[str]:
     return {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
+
+
+def files(folder: str) -> set[str]:
+    paths = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {path.relative_to(ROOT / folder).as_posix() for path in paths}
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
@@ -26,7 +33,19 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         found = {n.removeprefix(f"{package}/") for n in names if n.startswith(f"{package}/")}
         assert {n for n in found if n.endswith(".py")} == modules(folder)
         assert "py.typed" in found
+        if package == "tinylm_export":
+            sources = {
+                n.removeprefix("trt_plugins/") for n in found if n.startswith("trt_plugins/")
+            }
+            assert sources == files("trt_plugins")
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_one_version_everywhere() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'^version = "(.*)"$', text, re.M) == [tinylm.__version__]
+    native = (ROOT / "trt_plugins" / "VERSION").read_text(encoding="utf-8")
+    assert native.split() == [tinylm.__version__]
 
 
 def test_the_folder_can_not_be_imported_under_its_own_name() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from model_helpers import make_model
+from native_helpers import needs_library
 
 from tinylm.checkpoint import save_model
 from tinylm.directory import write_checksums
@@ -23,6 +25,10 @@ from tinylm_export.to_onnx import export_onnx
 from tinylm_export.tolerances import TOLERANCES
 
 NUM_TOKENS = 300
+KERNELS = [
+    pytest.param(False, id="bodies"),
+    pytest.param(True, id="native", marks=needs_library),
+]
 
 
 def held_out() -> torch.Tensor:
@@ -39,9 +45,14 @@ def exported(checkpoint: Path) -> Path:
     return export_onnx(checkpoint, checkpoint.parent / "onnx")
 
 
+@pytest.fixture(scope="module", params=KERNELS)
+def native(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report(exported: Path) -> ParityReport:
-    return run_parity(exported, held_out(), num_tokens=NUM_TOKENS, length=48)
+def report(exported: Path, native: bool) -> ParityReport:
+    return run_parity(exported, held_out(), num_tokens=NUM_TOKENS, length=48, native=native)
 
 
 def altered(exported: Path, directory: Path, name: str, change: object) -> Path:
@@ -68,6 +79,18 @@ def test_onnx_runtime_says_what_pytorch_says(report: ParityReport) -> None:
     assert runtime.first_departure is None
 
 
+def test_the_report_says_which_kernels_ran(report: ParityReport, native: bool) -> None:
+    (runtime,) = report.runtimes
+    if not native:
+        assert runtime.kernels == "function bodies in standard ops"
+        return
+    assert re.fullmatch(
+        r"tinylm 0\.1\.0 native, [a-z0-9-]+: [0-9,]+ BitLinear, [0-9,]+ FlashMLA, [0-9,]+ SwiGLU "
+        r"calls counted by the library",
+        runtime.kernels,
+    )
+
+
 def test_every_bit_linear_is_compared_and_exact(report: ParityReport) -> None:
     (runtime,) = report.runtimes
     names = [layer.name for layer in runtime.bit_linears]
@@ -86,9 +109,9 @@ def test_inner_values_are_equal_bit_for_bit(report: ParityReport) -> None:
 
 
 @pytest.mark.parametrize("task", ["text-generation-with-past", "text-generation"])
-def test_fp8_and_both_tasks(checkpoint: Path, tmp_path: Path, task: str) -> None:
+def test_fp8_and_both_tasks(checkpoint: Path, tmp_path: Path, task: str, native: bool) -> None:
     directory = export_onnx(checkpoint, tmp_path / "onnx", task=task, activation="fp8_e4m3")
-    report = run_parity(directory, held_out(), num_tokens=100, length=32)
+    report = run_parity(directory, held_out(), num_tokens=100, length=32, native=native)
     assert report.passed
     assert report.model["activation"] == "fp8_e4m3"
     phases = [agreement.phase for agreement in report.runtimes[0].logits]
@@ -100,7 +123,7 @@ def test_an_export_with_all_logits_decodes_too(checkpoint: Path, tmp_path: Path)
     assert run_parity(directory, held_out(), num_tokens=100, length=32).passed
 
 
-def test_one_wrong_code_is_found_and_named(exported: Path, tmp_path: Path) -> None:
+def test_one_wrong_code_is_found_and_named(exported: Path, tmp_path: Path, native: bool) -> None:
     def flip(weight: np.ndarray) -> np.ndarray:
         code = weight[3, 2] & 3
         weight[3, 2] = (weight[3, 2] & ~np.uint8(3)) | (2 if code != 2 else 0)
@@ -108,21 +131,23 @@ def test_one_wrong_code_is_found_and_named(exported: Path, tmp_path: Path) -> No
 
     name = "layers.1.mlp.up_proj"
     directory = altered(exported, tmp_path / "onnx", f"{name}.weight", flip)
-    report = run_parity(directory, held_out(), num_tokens=100, length=32)
+    report = run_parity(directory, held_out(), num_tokens=100, length=32, native=native)
     assert not report.passed
     (runtime,) = report.runtimes
     assert runtime.first_departure == name
     assert [layer.name for layer in runtime.bit_linears if not layer.passed] == [name]
 
 
-def test_a_wrong_norm_weight_shows_as_flipped_activations(exported: Path, tmp_path: Path) -> None:
+def test_a_wrong_norm_weight_shows_as_flipped_activations(
+    exported: Path, tmp_path: Path, native: bool
+) -> None:
     def scale(weight: np.ndarray) -> np.ndarray:
         weight[5] *= 1.02
         return weight
 
     name = "layers.0.self_attn.attn_sub_norm.weight"
     directory = altered(exported, tmp_path / "onnx", name, scale)
-    report = run_parity(directory, held_out(), num_tokens=100, length=32)
+    report = run_parity(directory, held_out(), num_tokens=100, length=32, native=native)
     assert not report.passed
     failed = [layer for layer in report.runtimes[0].bit_linears if not layer.passed]
     assert [layer.name for layer in failed] == ["layers.0.self_attn.o_proj"]

@@ -35,6 +35,14 @@ run tinylm-export inspect "$demo/onnx-int8"
 say "Generate from ONNX Runtime"
 run tinylm-export generate "$demo/onnx-int8" --prompt "$prompt" --max-new-tokens 100
 
+say "Kernels that ran the custom ops"
+for format in int8 fp8; do
+    python -c 'import json, sys
+for runtime in json.load(open(sys.argv[1]))["runtimes"]:
+    print(sys.argv[2], runtime["runtime"], runtime["version"] + ":", runtime["kernels"])' \
+        "$demo/parity-$format.json" "$format"
+done
+
 say "Everything lies in $demo"
 cat <<EOT
 $demo/data             training and held-out text
