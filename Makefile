@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 # Compiled modules make every later start of Python seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup native native-if-possible lint test demo clean
+.PHONY: help setup native native-if-possible lint test sanitize demo clean
 
 help:
 	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
-	@echo "make test    ruff, mypy and pytest"
+	@echo "make test    ruff, mypy, the C++ unit tests and pytest"
+	@echo "make sanitize  the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint    ruff and mypy only"
 	@echo "make native  build the CPU kernels for ONNX Runtime"
 	@echo "make setup   make $(VENV) only"
@@ -42,7 +43,12 @@ lint: setup
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p tinylm -p tinylm_export
 
 test: lint native-if-possible
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/native_tests.sh tests
 	$(BIN)/pytest --numprocesses 2
+
+# The kernels' unit tests under AddressSanitizer with UBSan, and under ThreadSanitizer.
+sanitize: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/native_tests.sh asan tsan
 
 demo: native-if-possible
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from tinylm.errors import NativeError, NativeToolError
 from tinylm_export import native
-from tinylm_export.native_sdk import header_dir
+from tinylm_export.native_sdk import header_dir, runtime_library
 
 LOG_FILE = "build.log"
 _LOG_TAIL_LINES = 15
@@ -60,6 +60,7 @@ def build(
         # Not remembered from an earlier build, whose header may be gone.
         *("-U", "TINYLM_ORT_HEADER_DIR", "-D", f"ONNXRUNTIME_INCLUDE_DIR={header}"),
         *("-D", "TINYLM_ORT=ON", "-D", f"CMAKE_MAKE_PROGRAM={ninja}"),
+        *("-D", f"ONNXRUNTIME_LIBRARY={runtime_library() or ''}"),
         *("-D", "CMAKE_BUILD_TYPE=Release"),
         *("-D", f"CMAKE_INSTALL_PREFIX={folder}", "-D", "CMAKE_INSTALL_LIBDIR=lib"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -138,3 +139,15 @@ def fetch_with_go() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
     return folder
+
+
+def runtime_library() -> Path | None:
+    """Return the library of the installed onnxruntime package, for C++ programs to load.
+
+    None without the package: the ops need no library to be built, the C++ runtime is left out then.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    found = sorted((Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*"))
+    return found[0] if found else None
