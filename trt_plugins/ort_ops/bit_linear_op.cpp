@@ -56,6 +56,7 @@ BitLinearKernel::BitLinearKernel(const NodeInfo& node, cpu::FloatType type) {
   params_.eps = node.float_attribute("eps", 1e-5F);
   params_.activation = parse_activation(node.string_attribute("activation", "int8"));
   weights_ = cpu::LinearWeights::pack_ternary(weight.as<std::uint8_t>(), scale.as<float>(), n, k);
+  release_pages(weight, weight.count());
 }
 
 void BitLinearKernel::compute(const Context& context) const {

@@ -70,6 +70,7 @@ FlashMLAKernel::FlashMLAKernel(const NodeInfo& node, cpu::FloatType type) : type
   require_shape("kv_b_scale", scale, {rows}, "[H*(nope+Dv)]");
   weights_ = cpu::LatentAttentionWeights::pack(shape, kv_b.as<std::uint8_t>(), scale.as<float>(),
                                                norm.as<float>());
+  release_pages(kv_b, kv_b.count());
 }
 
 void FlashMLAKernel::compute(const Context& context) const {

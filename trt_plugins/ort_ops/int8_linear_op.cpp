@@ -26,6 +26,7 @@ Int8LinearKernel::Int8LinearKernel(const NodeInfo& node, cpu::FloatType type) {
   params_.norm_weight = norm_weight_.empty() ? nullptr : norm_weight_.data();
   params_.eps = node.float_attribute("eps", 1e-5F);
   weights_ = cpu::LinearWeights::pack_int8(weight.as<std::int8_t>(), scale.as<float>(), n, k);
+  release_pages(weight, weight.count());
 }
 
 void Int8LinearKernel::compute(const Context& context) const {

@@ -2,6 +2,11 @@
 
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace tinylm::ort {
 namespace {
 
@@ -47,6 +52,20 @@ std::int64_t Tensor::count() const {
   std::int64_t total = 1;
   for (const std::int64_t dim : shape) total *= dim;
   return total;
+}
+
+void release_pages(const Tensor& tensor, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data);
+  const std::uintptr_t first = (begin + page - 1) / page * page;
+  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) / page * page;
+  // Only a hint: a system that can't follow it keeps the pages.
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
+#else
+  static_cast<void>(tensor);
+  static_cast<void>(bytes);
+#endif
 }
 
 std::string shape_text(const std::vector<std::int64_t>& shape) {

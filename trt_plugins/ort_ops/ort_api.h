@@ -49,6 +49,10 @@ struct Tensor {
   std::int64_t count() const;
 };
 
+/// Tells the system that a constant has been re-packed and won't be read again soon: the pages of a
+/// mapped weights file then leave this process's memory. What they hold stays valid.
+void release_pages(const Tensor& tensor, std::int64_t bytes);
+
 /// Returns "[2, 3]".
 std::string shape_text(const std::vector<std::int64_t>& shape);
 
