@@ -100,8 +100,8 @@ def test_bit_linear_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinylm_export import function_bodies
 
     # A body with another rounding of activations must be found out.
-    body = function_bodies._QUANTIZE_INT8.replace("Round (steps)", "Floor (steps)")
-    monkeypatch.setattr(function_bodies, "_QUANTIZE_INT8", body)
+    body = function_bodies.QUANTIZE_INT8.replace("Round (steps)", "Floor (steps)")
+    monkeypatch.setattr(function_bodies, "QUANTIZE_INT8", body)
     check = check_onnxruntime_runs()
     assert check.status == "problem"
     assert check.found.startswith("differs from PyTorch by up to ")
@@ -110,8 +110,8 @@ def test_bit_linear_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_onnxruntime_that_does_not_work_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinylm_export import function_bodies
 
-    broken = function_bodies._QUANTIZE_INT8.replace("Round (steps)", "NoSuchOp (steps)")
-    monkeypatch.setattr(function_bodies, "_QUANTIZE_INT8", broken)
+    broken = function_bodies.QUANTIZE_INT8.replace("Round (steps)", "NoSuchOp (steps)")
+    monkeypatch.setattr(function_bodies, "QUANTIZE_INT8", broken)
     check = check_onnxruntime_runs()
     assert check.status == "problem"
     assert "can't load it" in check.found
@@ -125,8 +125,8 @@ def test_native_ops_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # Another rounding in the body stands for one in the library.
     from tinylm_export import function_bodies
 
-    body = function_bodies._QUANTIZE_INT8.replace("Round (steps)", "Floor (steps)")
-    monkeypatch.setattr(function_bodies, "_QUANTIZE_INT8", body)
+    body = function_bodies.QUANTIZE_INT8.replace("Round (steps)", "Floor (steps)")
+    monkeypatch.setattr(function_bodies, "QUANTIZE_INT8", body)
     check = check_native_ops()
     assert check.status == "problem"
     assert "differs from the function body by up to " in check.found
