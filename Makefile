@@ -10,9 +10,9 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
-	@echo "make test    ruff, mypy, the C++ unit tests and pytest"
+	@echo "make test    ruff, mypy, clang-format, the C++ unit tests and pytest"
 	@echo "make sanitize  the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, mypy and clang-format only"
 	@echo "make native  build the CPU kernels for ONNX Runtime"
 	@echo "make setup   make $(VENV) only"
 	@echo "make clean   remove $(VENV), build/, demo/ and caches"
@@ -41,6 +41,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	@mkdir -p $(VENV)/typing && ln -sfn ../../export $(VENV)/typing/tinylm_export
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p tinylm -p tinylm_export
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'trt_plugins/*.cpp' 'trt_plugins/*.h')
 
 test: lint native-if-possible
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/native_tests.sh tests

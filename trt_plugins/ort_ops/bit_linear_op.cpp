@@ -64,14 +64,13 @@ void BitLinearKernel::compute(const Context& context) const {
 }
 
 const OpSpec& bit_linear_spec() {
-  static const OpSpec spec{
-      "BitLinear",
-      {{"x", "T", "[..., K]"},
-       {"weight", "tensor(uint8)", "[N, K/4]"},
-       {"weight_scale", "tensor(float)", "[N]"},
-       {"norm_weight", "tensor(float)", "[K]", true}},
-      {{"y", "T", "[..., N]"}},
-      {{"activation", "string", "int8"}, {"eps", "float", "1e-05"}}};
+  static const OpSpec spec{"BitLinear",
+                           {{"x", "T", "[..., K]"},
+                            {"weight", "tensor(uint8)", "[N, K/4]"},
+                            {"weight_scale", "tensor(float)", "[N]"},
+                            {"norm_weight", "tensor(float)", "[K]", true}},
+                           {{"y", "T", "[..., N]"}},
+                           {{"activation", "string", "int8"}, {"eps", "float", "1e-05"}}};
   return spec;
 }
 

@@ -146,8 +146,7 @@ bool NodeInfo::has_input(std::size_t index) const {
 Tensor NodeInfo::constant(std::size_t index, const char* name) const {
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  OrtStatus* status =
-      api().KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value);
+  OrtStatus* status = api().KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value);
   if (status != nullptr || is_constant == 0 || value == nullptr) {
     if (status != nullptr) api().ReleaseStatus(status);
     throw std::runtime_error(std::string(name) +

@@ -13,10 +13,8 @@ void SwiGLUKernel::compute(const Context& context) const {
 }
 
 const OpSpec& swiglu_spec() {
-  static const OpSpec spec{"SwiGLU",
-                           {{"gate", "T", "[..., K]"}, {"up", "T", "[..., K]"}},
-                           {{"y", "T", "[..., K]"}},
-                           {}};
+  static const OpSpec spec{
+      "SwiGLU", {{"gate", "T", "[..., K]"}, {"up", "T", "[..., K]"}}, {{"y", "T", "[..., K]"}}, {}};
   return spec;
 }
 

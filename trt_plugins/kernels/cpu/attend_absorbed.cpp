@@ -37,8 +37,8 @@ Row allocate(const PackedLatentAttention& weights, std::int64_t runs) {
   const std::int64_t query = (s.rope_dim + (row.tiles ? 1 : s.latent_rank)) * row.heads_pad;
   const std::int64_t digits = row.tiles ? row.heads_pad * kWideDigits * s.latent_rank : 0;
   const std::int64_t doubles = query + state * (2 + row.ld_latent);
-  auto* memory = static_cast<char*>(
-      scratch(Scratch::kCaller, static_cast<std::size_t>(digits + 8 * doubles)));
+  auto* memory =
+      static_cast<char*>(scratch(Scratch::kCaller, static_cast<std::size_t>(digits + 8 * doubles)));
   row.q_tiles = reinterpret_cast<std::int8_t*>(memory);
   row.q_rope = reinterpret_cast<double*>(memory + digits);
   row.q_latent = row.q_rope + s.rope_dim * row.heads_pad;

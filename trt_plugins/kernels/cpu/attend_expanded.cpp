@@ -14,15 +14,15 @@ constexpr std::int64_t kKeyBlock = 256;
 
 /// One task's memory: one head of one row.
 struct Head {
-  double* q;           // [queries, key_dim]
-  double* keys;        // [key_dim, kKeyBlock]
-  double* values;      // [kKeyBlock, ld_values]
-  double* scores;      // [kQueryTile, kKeyBlock]
-  double* largest;     // [queries]
-  double* total;       // [queries]
-  double* y;           // [queries, ld_values]
-  double* row;         // [key_dim]
-  std::int32_t* sums;  // [kKeyBlock, nope + Dv]
+  double* q;                 // [queries, key_dim]
+  double* keys;              // [key_dim, kKeyBlock]
+  double* values;            // [kKeyBlock, ld_values]
+  double* scores;            // [kQueryTile, kKeyBlock]
+  double* largest;           // [queries]
+  double* total;             // [queries]
+  double* y;                 // [queries, ld_values]
+  double* row;               // [key_dim]
+  std::int32_t* sums;        // [kKeyBlock, nope + Dv]
   std::int32_t* correction;  // [kKeyBlock]
   std::int8_t* latent;       // [kKeyBlock, k_pad + 64]
   std::int64_t ld_values;
@@ -39,8 +39,8 @@ Head allocate(const LatentAttentionShape& s, std::int64_t num_queries) {
                                kKeyBlock * (key_dim + h.ld_values + kQueryTile) + key_dim;
   const std::int64_t integers = kKeyBlock * (s.nope_dim + s.value_dim + 1);
   auto* at = static_cast<double*>(
-      scratch(Scratch::kTask, static_cast<std::size_t>(8 * doubles + 4 * integers +
-                                                       kKeyBlock * h.ldq + 64)));
+      scratch(Scratch::kTask,
+              static_cast<std::size_t>(8 * doubles + 4 * integers + kKeyBlock * h.ldq + 64)));
   const auto take = [&at](std::int64_t count) {
     double* taken = at;
     at += count;

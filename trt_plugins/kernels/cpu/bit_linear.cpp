@@ -17,12 +17,12 @@ constexpr std::int64_t kActivationBytes = 1 << 20;
 
 /// Rows of activations, quantised.
 struct Quantized {
-  std::int8_t* q = nullptr;           // [planes * plane, ldq]
+  std::int8_t* q = nullptr;  // [planes * plane, ldq]
   std::int64_t ldq = 0;
-  std::int64_t plane = 0;             // rows from one digit to the next
-  std::int32_t* correction = nullptr; // [planes * plane]
-  float* s = nullptr;                 // [m]
-  float* s_inverse = nullptr;         // [m]
+  std::int64_t plane = 0;              // rows from one digit to the next
+  std::int32_t* correction = nullptr;  // [planes * plane]
+  float* s = nullptr;                  // [m]
+  float* s_inverse = nullptr;          // [m]
 };
 
 /// Takes the caller's scratch for `planes` digits of m rows.

@@ -221,9 +221,7 @@ TINYLM_INLINE void sum_latents(const DecodeRun& p, const double* inverses, int64
   for (int64_t tile = 0; tile < p.latent_rank / 16; ++tile) {
     multiply_digits(
         tiles_k,
-        [&](int64_t d, int64_t k) {
-          _tile_loadd(4, digits + (d * tiles_k + k) * kTileBytes, 64);
-        },
+        [&](int64_t d, int64_t k) { _tile_loadd(4, digits + (d * tiles_k + k) * kTileBytes, 64); },
         [&](int64_t d, int64_t k) {
           if (d % 4 == 0) {
             _tile_loadd(5, latents + k * ld * kTileInputs + tile * kTileBytes, 64);
@@ -264,7 +262,7 @@ void decode(const DecodeRun& p) {
   }
 }
 
-bool decode_takes_tiles(int64_t latent_rank) { 
+bool decode_takes_tiles(int64_t latent_rank) {
   return latent_rank % kTileInputs == 0 && latent_rank <= 2048;
 }
 

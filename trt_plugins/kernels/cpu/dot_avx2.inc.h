@@ -30,24 +30,35 @@ TINYLM_INLINE __m256i codes(__m256i bytes) {
   return _mm256_and_si256(_mm256_srli_epi16(bytes, 2 * kLane), _mm256_set1_epi8(3));
 }
 
+// Four products a lane of int32; or, without VNNI, two a lane of int16, of which 60 fit: a pair of
+// products of a code is at most 512.
+#if defined(__AVXVNNI__)
+constexpr int64_t kGroupsAtOnce = INT64_MAX / 2;
+TINYLM_INLINE __m256i add_products(__m256i part, __m256i codes, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(part, codes, x);
+}
+TINYLM_INLINE __m256i to_int32(__m256i part) { return part; }
+#else
+constexpr int64_t kGroupsAtOnce = 15;
+TINYLM_INLINE __m256i add_products(__m256i part, __m256i codes, __m256i x) {
+  return _mm256_add_epi16(part, _mm256_maddubs_epi16(codes, x));
+}
+TINYLM_INLINE __m256i to_int32(__m256i part) {
+  return _mm256_madd_epi16(part, _mm256_set1_epi16(1));
+}
+#endif
+
 /// `kRows` activation rows times one block.
 template <int kRows>
 TINYLM_INLINE void ternary_tile(const uint8_t* base, int64_t groups, const int8_t* q, int64_t ldq,
                                 const Sink& sink, int64_t row, int64_t block) {
   __m256i total[kRows][2];
   for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm256_setzero_si256();
-#if !defined(__AVXVNNI__)
-  // A product of two pairs is at most 512, so 60 of them fit into int16.
-  constexpr int64_t kGroupsInt16 = 15;
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int64_t start = 0; start < groups; start += kGroupsInt16) {
-    const int64_t end = start + kGroupsInt16 < groups ? start + kGroupsInt16 : groups;
+  for (int64_t start = 0; start < groups; start += kGroupsAtOnce) {
+    const int64_t end = groups - start < kGroupsAtOnce ? groups : start + kGroupsAtOnce;
     __m256i part[kRows][2];
     for (int r = 0; r < kRows; ++r) part[r][0] = part[r][1] = _mm256_setzero_si256();
     for (int64_t group = start; group < end; ++group) {
-#else
-    for (int64_t group = 0; group < groups; ++group) {
-#endif
       const __m256i a = load256(base + group * kGroupBytes);
       const __m256i b = load256(base + group * kGroupBytes + 32);
       const __m256i lanes[4][2] = {{codes<0>(a), codes<0>(b)},
@@ -57,24 +68,16 @@ TINYLM_INLINE void ternary_tile(const uint8_t* base, int64_t groups, const int8_
       for (int r = 0; r < kRows; ++r) {
         for (int lane = 0; lane < 4; ++lane) {
           const __m256i x = splat_four(q + r * ldq + 16 * group + 4 * lane);
-          for (int h = 0; h < 2; ++h) {
-#if defined(__AVXVNNI__)
-            total[r][h] = _mm256_dpbusd_avx_epi32(total[r][h], lanes[lane][h], x);
-#else
-          part[r][h] = _mm256_add_epi16(part[r][h], _mm256_maddubs_epi16(lanes[lane][h], x));
-#endif
-          }
+          for (int h = 0; h < 2; ++h) part[r][h] = add_products(part[r][h], lanes[lane][h], x);
         }
       }
     }
-#if !defined(__AVXVNNI__)
     for (int r = 0; r < kRows; ++r) {
       for (int h = 0; h < 2; ++h) {
-        total[r][h] = _mm256_add_epi32(total[r][h], _mm256_madd_epi16(part[r][h], ones));
+        total[r][h] = _mm256_add_epi32(total[r][h], to_int32(part[r][h]));
       }
     }
   }
-#endif
   for (int r = 0; r < kRows; ++r) emit(sink, row + r, block, join(total[r][0], total[r][1]));
 }
 
@@ -117,8 +120,7 @@ void dot_int8(const DotParams& p, const Sink& sink) {
       for (int64_t group = 0; group < groups; ++group) {
         int32_t four;
         memcpy(&four, q + 4 * group, 4);
-        const __m256i x =
-            _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
+        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
         for (int i = 0; i < 4; ++i) {
           const __m128i w = _mm_loadu_si128(
               reinterpret_cast<const __m128i*>(base + group * kGroupBytes + 16 * i));

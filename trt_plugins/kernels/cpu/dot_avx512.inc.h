@@ -31,15 +31,15 @@ TINYLM_INLINE void ternary_row(const uint8_t* base, int64_t groups, const int8_t
     for (int b = 0; b < kBlocks; ++b) {
       const __m512i bytes = _mm512_loadu_si512(base + b * stride + group * kGroupBytes);
       for (int lane = 0; lane < 4; ++lane) {
-        total[b][lane] = _mm512_dpbusd_epi32(total[b][lane],
-                                             _mm512_and_si512(bytes, mask[lane]), x[lane]);
+        total[b][lane] =
+            _mm512_dpbusd_epi32(total[b][lane], _mm512_and_si512(bytes, mask[lane]), x[lane]);
       }
     }
   }
   for (int b = 0; b < kBlocks; ++b) {
     const __m512i low = _mm512_add_epi32(total[b][0], _mm512_srai_epi32(total[b][1], 2));
-    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(total[b][2], 4),
-                                          _mm512_srai_epi32(total[b][3], 6));
+    const __m512i high =
+        _mm512_add_epi32(_mm512_srai_epi32(total[b][2], 4), _mm512_srai_epi32(total[b][3], 6));
     emit(sink, row, block + b, (i32x16)_mm512_add_epi32(low, high));
   }
 }

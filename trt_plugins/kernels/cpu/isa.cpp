@@ -86,7 +86,8 @@ Isa fastest() {
 std::string supported_names() {
   std::string names;
   for (int i = 0; i < kNumIsas; ++i) {
-    if (isa_supported(static_cast<Isa>(i))) names += (names.empty() ? "" : ", ") + std::string(kNames[i]);
+    if (isa_supported(static_cast<Isa>(i)))
+      names += (names.empty() ? "" : ", ") + std::string(kNames[i]);
   }
   return names;
 }

@@ -27,9 +27,9 @@ constexpr auto to_digits = to_digits_loop;
 
 const KernelTable& TINYLM_FAMILY_TABLE() {
   static const KernelTable table = {
-      dot_ternary, dot_int8,  quantize_int8, quantize_fp8, finish_fp8,
-      swiglu,      widen_all, narrow_all,    largest_magnitude,
-      to_digits,   from_digits, attend,      decode,       decode_takes_tiles,
+      dot_ternary, dot_int8,  quantize_int8, quantize_fp8,       finish_fp8,
+      swiglu,      widen_all, narrow_all,    largest_magnitude,  to_digits,
+      from_digits, attend,    decode,        decode_takes_tiles,
   };
   return table;
 }

@@ -88,12 +88,12 @@ inline constexpr int kWideDigits = 7;
 
 /// Attention of one query of every head over a run of cached tokens, in the latent space.
 struct DecodeRun {
-  std::int64_t num_tokens = 0;      ///< at most kDecodeRun
-  std::int64_t latent_rank = 0;     ///< R
-  std::int64_t rope_dim = 0;        ///< P
-  std::int64_t heads_pad = 0;       ///< H rounded up to 16
-  const double* q_latent = nullptr; ///< [R, heads_pad], softmax_scale multiplied in
-  const double* q_rope = nullptr;   ///< [P, heads_pad], likewise
+  std::int64_t num_tokens = 0;          ///< at most kDecodeRun
+  std::int64_t latent_rank = 0;         ///< R
+  std::int64_t rope_dim = 0;            ///< P
+  std::int64_t heads_pad = 0;           ///< H rounded up to 16
+  const double* q_latent = nullptr;     ///< [R, heads_pad], softmax_scale multiplied in
+  const double* q_rope = nullptr;       ///< [P, heads_pad], likewise
   const std::int8_t* latent = nullptr;  ///< [num_tokens, R]
   const float* scale = nullptr;         ///< [num_tokens]
   const void* rope = nullptr;           ///< [num_tokens, P] of `type`

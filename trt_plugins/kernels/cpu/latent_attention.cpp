@@ -112,8 +112,8 @@ std::unique_ptr<LatentAttentionWeights> LatentAttentionWeights::pack(
   const std::int64_t rows = shape.num_heads * (shape.nope_dim + shape.value_dim);
   const InvalidCode invalid = find_invalid_code(kv_b, rows, shape.latent_rank);
   if (invalid.found) {
-    throw std::invalid_argument("kv_b: code 3 at row " + std::to_string(invalid.row) +
-                                ", column " + std::to_string(invalid.column) +
+    throw std::invalid_argument("kv_b: code 3 at row " + std::to_string(invalid.row) + ", column " +
+                                std::to_string(invalid.column) +
                                 "; codes are 0, 1 or 2. The file is damaged or was packed by "
                                 "something else: export the model again.");
   }

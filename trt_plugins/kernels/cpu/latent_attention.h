@@ -46,18 +46,18 @@ class LatentAttentionWeights {
 
 /// Arguments of latent_attention(). Rows are right-padded.
 struct LatentAttentionParams {
-  std::int64_t batch = 0;                     ///< B
-  std::int64_t length = 0;                    ///< S, new tokens of a row with padding
-  std::int64_t capacity = 0;                  ///< C
-  FloatType type = FloatType::kFloat;         ///< of q, kv, rope and y
-  const void* q = nullptr;                    ///< [B, S, H * (nope + P)]
-  const void* kv = nullptr;                   ///< [B, S, R + P]
-  const std::int32_t* past_lens = nullptr;    ///< [B]
-  const std::int32_t* seq_lens = nullptr;     ///< [B], 0 .. S
-  std::int8_t* latent = nullptr;              ///< [B, C, R], past in, present out
-  float* scale = nullptr;                     ///< [B, C]
-  void* rope = nullptr;                       ///< [B, C, P]
-  void* y = nullptr;                          ///< [B, S, H * Dv], zeros past seq_lens
+  std::int64_t batch = 0;                   ///< B
+  std::int64_t length = 0;                  ///< S, new tokens of a row with padding
+  std::int64_t capacity = 0;                ///< C
+  FloatType type = FloatType::kFloat;       ///< of q, kv, rope and y
+  const void* q = nullptr;                  ///< [B, S, H * (nope + P)]
+  const void* kv = nullptr;                 ///< [B, S, R + P]
+  const std::int32_t* past_lens = nullptr;  ///< [B]
+  const std::int32_t* seq_lens = nullptr;   ///< [B], 0 .. S
+  std::int8_t* latent = nullptr;            ///< [B, C, R], past in, present out
+  float* scale = nullptr;                   ///< [B, C]
+  void* rope = nullptr;                     ///< [B, C, P]
+  void* y = nullptr;                        ///< [B, S, H * Dv], zeros past seq_lens
 };
 
 /// Appends and attends. past_lens + seq_lens must not exceed the capacity: check before.

@@ -51,8 +51,8 @@ void attend_expanded(const PackedLatentAttention& weights, const LatentAttention
 /// @param angles cos [dim / 2], then sin [dim / 2], of the position.
 void rotate(const double* x, const float* angles, std::int64_t dim, double* out);
 
-/// softmax_scale, or NaN for a query that is not finite: it spoils its whole head, as a softmax over
-/// such scores does.
+/// softmax_scale, or NaN for a query that is not finite: it spoils its whole head, as a softmax
+/// over such scores does.
 double query_factor(const PackedLatentAttention& weights, const double* q);
 
 /// Adds `bytes` to a pointer to elements of unknown type.

@@ -23,8 +23,7 @@ struct Parallel {
       return;
     }
     run(
-        pool, count,
-        [](void* data, std::size_t i) { (*static_cast<const Body*>(data))(i); },
+        pool, count, [](void* data, std::size_t i) { (*static_cast<const Body*>(data))(i); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 };

@@ -7,8 +7,7 @@
 
 namespace tinylm::cpu {
 
-RotaryTable::RotaryTable(float theta, std::int64_t rope_dim)
-    : angles_(std::make_shared<Angles>()) {
+RotaryTable::RotaryTable(float theta, std::int64_t rope_dim) : angles_(std::make_shared<Angles>()) {
   for (std::int64_t i = 0; i < rope_dim; i += 2) {
     const double exponent = -static_cast<double>(i) / static_cast<double>(rope_dim);
     frequencies_.push_back(static_cast<float>(std::pow(static_cast<double>(theta), exponent)));

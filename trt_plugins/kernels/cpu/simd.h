@@ -83,9 +83,7 @@ TINYLM_INLINE f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m
 TINYLM_INLINE f64x8 max(f64x8 a, f64x8 b) { return a > b ? a : b; }
 TINYLM_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 #endif
-TINYLM_INLINE f32x16 abs(f32x16 a) {
-  return bits<f32x16>(bits<u32x16>(a) & 0x7FFFFFFFU);
-}
+TINYLM_INLINE f32x16 abs(f32x16 a) { return bits<f32x16>(bits<u32x16>(a) & 0x7FFFFFFFU); }
 
 TINYLM_INLINE double sum(f64x8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
@@ -101,7 +99,9 @@ TINYLM_INLINE float largest(f32x16 v) {
 TINYLM_INLINE f64x8 widen(f32x8 v) { return (f64x8)_mm512_cvtps_pd((__m256)v); }
 TINYLM_INLINE f32x8 narrow(f64x8 v) { return (f32x8)_mm512_cvtpd_ps((__m512d)v); }
 TINYLM_INLINE i64x8 widen(i32x8 v) { return (i64x8)_mm512_cvtepi32_epi64((__m256i)v); }
-TINYLM_INLINE i8x8 narrow(i64x8 v) { return bits<i8x8>(_mm_cvtsi128_si64(_mm512_cvtepi64_epi8((__m512i)v))); }
+TINYLM_INLINE i8x8 narrow(i64x8 v) {
+  return bits<i8x8>(_mm_cvtsi128_si64(_mm512_cvtepi64_epi8((__m512i)v)));
+}
 TINYLM_INLINE i8x16 narrow(i32x16 v) { return (i8x16)_mm512_cvtepi32_epi8((__m512i)v); }
 TINYLM_INLINE f64x8 widen(i8x8 v) {
   const __m128i bytes = _mm_cvtsi64_si128(bits<int64_t>(v));

@@ -24,8 +24,8 @@ FixedPoint fixed_point(double largest);
 
 /// Scratch that wide_linear() needs.
 struct WideScratch {
-  std::int8_t* digits = nullptr;   ///< [32, k_pad + 64]
-  std::int32_t* sums = nullptr;    ///< [8, columns of the blocks taken]
+  std::int8_t* digits = nullptr;  ///< [32, k_pad + 64]
+  std::int32_t* sums = nullptr;   ///< [8, columns of the blocks taken]
 };
 
 /// Bytes of WideScratch::digits and number of WideScratch::sums.

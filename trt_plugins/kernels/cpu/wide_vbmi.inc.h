@@ -14,8 +14,8 @@ namespace {
 /// by a transposition of 8 x 8 words.
 TINYLM_INLINE void to_digits_64(const double* x, double unit, int8_t* out, int64_t stride) {
   const __m512d magic = _mm512_set1_pd(6755399441055744.0);  // 1.5 * 2**52
-  const __m512i base = _mm512_sub_epi64(_mm512_set1_epi64(64 * ((1LL << 49) - 1) / 127),
-                                        _mm512_castpd_si512(magic));
+  const __m512i base =
+      _mm512_sub_epi64(_mm512_set1_epi64(64 * ((1LL << 49) - 1) / 127), _mm512_castpd_si512(magic));
   const __m512i shifts = _mm512_set1_epi64(0x00'2A'23'1C'15'0E'07'00);
   const __m512i order = _mm512_set_epi8(
       63, 55, 47, 39, 31, 23, 15, 7, 62, 54, 46, 38, 30, 22, 14, 6, 61, 53, 45, 37, 29, 21, 13, 5,
@@ -27,8 +27,7 @@ TINYLM_INLINE void to_digits_64(const double* x, double unit, int8_t* out, int64
   for (int i = 0; i < 8; ++i) {
     const __m512d scaled = _mm512_fmadd_pd(_mm512_loadu_pd(x + 8 * i), _mm512_set1_pd(unit), magic);
     const __m512i number = _mm512_add_epi64(_mm512_castpd_si512(scaled), base);
-    const __m512i fields =
-        _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, number), field);
+    const __m512i fields = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, number), field);
     v[i] = _mm512_permutexvar_epi8(order, _mm512_sub_epi8(fields, middle));
   }
   __m512i a[8], b[8];

@@ -11,13 +11,13 @@ namespace tinylm::cpu {
 
 /// What a buffer is for. Two that are in use at once must differ.
 enum class Scratch {
-  kQuantized,    ///< caller of linear(): activations
-  kRowScales,    ///< caller of linear(): multipliers and corrections
-  kPanel,        ///< a task of linear(): unpacked weights
-  kSums,         ///< a task of linear(): integer sums of fp8 digits
-  kNormed,       ///< a row in the quantiser
-  kCaller,       ///< caller of latent_attention()
-  kTask,         ///< a task of latent_attention()
+  kQuantized,  ///< caller of linear(): activations
+  kRowScales,  ///< caller of linear(): multipliers and corrections
+  kPanel,      ///< a task of linear(): unpacked weights
+  kSums,       ///< a task of linear(): integer sums of fp8 digits
+  kNormed,     ///< a row in the quantiser
+  kCaller,     ///< caller of latent_attention()
+  kTask,       ///< a task of latent_attention()
   kCount,
 };
 
