@@ -1,5 +1,6 @@
 #include "ort_api.h"
 
+#include <atomic>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -10,7 +11,7 @@
 namespace tinylm::ort {
 namespace {
 
-const OrtApi* g_api = nullptr;
+std::atomic<const OrtApi*> g_api{nullptr};  // sessions may be made on several threads
 
 Tensor view(const OrtValue* value) {
   Tensor tensor;
@@ -38,8 +39,8 @@ std::runtime_error missing(const char* name, const char* type) {
 
 }  // namespace
 
-void set_api(const OrtApi* api) { g_api = api; }
-const OrtApi& api() { return *g_api; }
+void set_api(const OrtApi* api) { g_api.store(api); }
+const OrtApi& api() { return *g_api.load(std::memory_order_relaxed); }
 
 void check(OrtStatus* status) {
   if (status == nullptr) return;
