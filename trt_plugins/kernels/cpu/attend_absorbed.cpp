@@ -92,12 +92,9 @@ void absorb_query(const PackedLatentAttention& weights, const LatentAttentionPar
   const KernelTable& kernels = weights.kernels();
   const std::int64_t at = (batch * s.num_heads + head) * width;
   kernels.widen(offset(p.q, at * float_size(p.type)), p.type, q, width);
-  rotate(q + s.nope_dim, angles + p.past_lens[batch] * s.rope_dim, s.rope_dim, rotated);
+  rotate_query(weights, p.type, q, angles + p.past_lens[batch] * s.rope_dim, rotated);
   const double factor = query_factor(weights, q);
   for (std::int64_t i = 0; i < s.rope_dim; ++i) {
-    char rounded[4];  // PyTorch and ONNX round the rotated query to the tensors' type
-    kernels.narrow(rotated + i, p.type, rounded, 1);
-    kernels.widen(rounded, p.type, rotated + i, 1);
     row.q_rope[i * row.heads_pad + head] = rotated[i] * factor;
   }
   const float* scale = weights.expand(head).scale();

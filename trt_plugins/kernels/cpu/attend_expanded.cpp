@@ -73,14 +73,8 @@ void start(const PackedLatentAttention& weights, const LatentAttentionParams& p,
     const std::int64_t at = ((row * p.length + i) * s.num_heads + head) * key_dim;
     weights.kernels().widen(offset(p.q, at * float_size(p.type)), p.type, h.row, key_dim);
     std::memcpy(q, h.row, static_cast<std::size_t>(s.nope_dim) * sizeof(double));
-    rotate(h.row + s.nope_dim, angles + (p.past_lens[row] + i) * s.rope_dim, s.rope_dim,
-           q + s.nope_dim);
-    // PyTorch and ONNX round the rotated query to the tensors' type.
-    char rounded[4];
-    for (std::int64_t j = s.nope_dim; j < key_dim; ++j) {
-      weights.kernels().narrow(q + j, p.type, rounded, 1);
-      weights.kernels().widen(rounded, p.type, q + j, 1);
-    }
+    rotate_query(weights, p.type, h.row, angles + (p.past_lens[row] + i) * s.rope_dim,
+                 q + s.nope_dim);
     const double factor = query_factor(weights, h.row);
     for (std::int64_t j = 0; j < key_dim; ++j) q[j] *= factor;
   }

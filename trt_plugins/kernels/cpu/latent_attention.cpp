@@ -130,6 +130,19 @@ void rotate(const double* x, const float* angles, std::int64_t dim, double* out)
   }
 }
 
+void rotate_query(const PackedLatentAttention& weights, FloatType type, const double* q,
+                  const float* angles, double* out) {
+  constexpr std::int64_t kAtOnce = 64;
+  const LatentAttentionShape& s = weights.shape();
+  rotate(q + s.nope_dim, angles, s.rope_dim, out);
+  alignas(float) char rounded[kAtOnce * sizeof(float)];
+  for (std::int64_t i = 0; i < s.rope_dim; i += kAtOnce) {
+    const std::int64_t count = std::min(kAtOnce, s.rope_dim - i);
+    weights.kernels().narrow(out + i, type, rounded, count);
+    weights.kernels().widen(rounded, type, out + i, count);
+  }
+}
+
 double query_factor(const PackedLatentAttention& weights, const double* q) {
   const LatentAttentionShape& s = weights.shape();
   const double largest = weights.kernels().largest_magnitude(q, s.nope_dim + s.rope_dim);

@@ -51,6 +51,13 @@ void attend_expanded(const PackedLatentAttention& weights, const LatentAttention
 /// @param angles cos [dim / 2], then sin [dim / 2], of the position.
 void rotate(const double* x, const float* angles, std::int64_t dim, double* out);
 
+/// Rotates the second part of a head's query and rounds it to `type`, as PyTorch and ONNX do.
+/// @param q [nope + P].
+/// @param angles Of the query's position.
+/// @param out [P].
+void rotate_query(const PackedLatentAttention& weights, FloatType type, const double* q,
+                  const float* angles, double* out);
+
 /// softmax_scale, or NaN for a query that is not finite: it spoils its whole head, as a softmax
 /// over such scores does.
 double query_factor(const PackedLatentAttention& weights, const double* q);
