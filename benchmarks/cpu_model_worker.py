@@ -14,9 +14,6 @@ A reply of ``{"error": ...}`` says what went wrong.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +30,7 @@ from tinylm_export.bench_worker import (
     reset_peak,
     resident_bytes,
     return_freed_memory,
+    serve,
 )
 from tinylm_export.ort_session import OrtSession, import_onnxruntime
 
@@ -146,16 +144,7 @@ def _onnxruntime(directory: str, threads: int, *, native: bool) -> Session:
 
 def main() -> None:
     """Serve requests until stdin ends."""
-    # Libraries print to stdout as well: it becomes stderr, and replies keep the channel.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    worker = Worker()
-    for line in sys.stdin:
-        try:
-            reply = worker.handle(json.loads(line))
-        except (TinyLMError, NotRunError, ValueError, RuntimeError, MemoryError) as error:
-            reply = {"error": str(error) or type(error).__name__}
-        print(json.dumps(reply), file=channel, flush=True)
+    serve(Worker().handle, (TinyLMError, NotRunError, ValueError, RuntimeError, MemoryError))
 
 
 if __name__ == "__main__":

@@ -220,18 +220,29 @@ def _status_bytes(key: str) -> int | None:
     return None
 
 
-def main() -> None:
-    """Serve requests until stdin ends."""
+def serve(
+    handle: Callable[[dict[str, Any]], dict[str, Any]], errors: tuple[type[Exception], ...]
+) -> None:
+    """Answer requests, one JSON object a line, until stdin ends.
+
+    Args:
+        handle: Makes the reply to a request.
+        errors: What becomes a reply of ``{"error": ...}``; anything else ends the process.
+    """
     # Libraries print to stdout as well: it becomes stderr, and replies keep the channel.
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    worker = Worker()
     for line in sys.stdin:
         try:
-            reply = worker.handle(json.loads(line))
-        except (TinyLMError, ValueError, MemoryError) as error:
+            reply = handle(json.loads(line))
+        except errors as error:
             reply = {"error": str(error) or type(error).__name__}
         print(json.dumps(reply), file=channel, flush=True)
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    serve(Worker().handle, (TinyLMError, ValueError, MemoryError))
 
 
 if __name__ == "__main__":
