@@ -186,11 +186,12 @@ cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<
     const std::int64_t m = rows * args.capacity, slot = b * args.capacity;
     const QuantizedRows arranged =
         cut_workspace(memory + parts.arranged, m, args.rank, Activation::kInt8);
-    arrange_rows<32><<<static_cast<unsigned>(m), 32, 0, stream>>>(
-        args.latent + slot * args.rank, args.scale + slot, args.rank, args.kv_b_blocks(), arranged,
-        args.past_lens + b, args.seq_lens + b, args.capacity);
-    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
     const RowLimits limits{args.past_lens + b, args.seq_lens + b, args.capacity};
+    if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
+                                          args.rank, arranged, limits, stream)) {
+      return error;
+    }
+    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
     if (const auto error = launch_product<Activation::kInt8>(
             {arranged, args.kv_b, m, args.rank, limits}, out, stream)) {
       return error;

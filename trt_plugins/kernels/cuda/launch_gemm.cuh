@@ -21,6 +21,16 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
                               static_cast<int>(bytes));
 }
 
+/// Brings int8 rows [m, k] into the order of fragments.
+inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,
+                                  std::int64_t k, const QuantizedRows& out, const RowLimits& limits,
+                                  cudaStream_t stream) {
+  arrange_rows<<<static_cast<unsigned>(m), kArrangeThreads, 0, stream>>>(
+      q, s, static_cast<int>(k), static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs), out,
+      limits);
+  return cudaGetLastError();
+}
+
 /// One product: m quantised rows with n packed outputs.
 struct Product {
   QuantizedRows rows;
