@@ -76,19 +76,22 @@ def build(
 
 
 @app.command(epilog="Example: tinylm-export native path")
-def path() -> None:
-    """Print the paths of the native library and TensorRT's plugins; exit 1 if there is neither."""
+def path(
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="The path of TensorRT's plugins instead.")
+    ] = False,
+) -> None:
+    """Print the native library's path; exit 1 if there is none."""
     import sys
 
-    from tinylm_export.native import BUILD_COMMAND, build_folder, find_library
-    from tinylm_export.native_gpu import find_plugin_library
+    from tinylm_export import native, native_gpu
 
-    found = [path for path in (find_library(), find_plugin_library()) if path]
-    if not found:
-        print(f"not built: none in {build_folder()}. Run `{BUILD_COMMAND}`.", file=sys.stderr)
+    found = native_gpu.find_plugin_library() if plugins else native.find_library()
+    if found is None:
+        command = native_gpu.BUILD_COMMAND if plugins else native.BUILD_COMMAND
+        print(f"not built: none in {native.build_folder()}. Run `{command}`.", file=sys.stderr)
         raise typer.Exit(EXIT_NO)
-    for library in found:
-        print(library)
+    print(found)
 
 
 @app.command(epilog="Example: tinylm-export native info")
