@@ -28,12 +28,13 @@ __device__ inline void add_block(int (&acc)[kTiles][4], uint4 weights, Load b) {
     std::uint32_t first[4], second[4];
     unpack(words[2 * half], first);
     unpack(words[2 * half + 1], second);
+    uint4 rows[kTiles];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4 rows = b(tile, half);
-      mma(acc[tile], first, rows.x, rows.y);
-      mma(acc[tile], second, rows.z, rows.w);
-    }
+    for (int tile = 0; tile < kTiles; ++tile) rows[tile] = b(tile, half);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], first, rows[tile].x, rows[tile].y);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], second, rows[tile].z, rows[tile].w);
   }
 }
 

@@ -134,11 +134,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         std::uint32_t first[4], second[4];
         unpack(half == 0 ? words[i].x : words[i].z, first);
         unpack(half == 0 ? words[i].y : words[i].w, second);
+        // Two products of one sum side by side would wait for each other.
 #pragma unroll
-        for (int j = 0; j < kTilesM; ++j) {
-          mma(acc[i][j], first, rows[j].x, rows[j].y);
-          mma(acc[i][j], second, rows[j].z, rows[j].w);
-        }
+        for (int j = 0; j < kTilesM; ++j) mma(acc[i][j], first, rows[j].x, rows[j].y);
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) mma(acc[i][j], second, rows[j].z, rows[j].w);
       }
     }
   }
