@@ -20,16 +20,22 @@ struct RowScales {
   const int* sums;
 };
 
+/// The scale of one output; bare sums have none.
+template <typename T>
+__device__ inline float column_scale(const Output<T>& out, int column) {
+  return __ldg(out.weight_scale + column);
+}
+__device__ inline float column_scale(const Output<std::int32_t>&, int) { return 1.0F; }
+
 /// Stores y of one output and row, whose product with codes {0, 1, 2} is `acc`. int32 outputs get
 /// the bare sum.
 template <Activation kActivation, typename T>
 __device__ inline void store_output(const Output<T>& out, std::int64_t row, int column, int acc,
-                                    RowScale scale) {
+                                    float weight_scale, RowScale scale) {
   const std::int64_t at = row * out.n + column;
   const int sum = acc - scale.sum;
   constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
-  const float y = static_cast<float>(sum) * kUnit * out.weight_scale[column] / scale.s;
-  const T value = from_float<T>(y);
+  const T value = from_float<T>(static_cast<float>(sum) * kUnit * weight_scale / scale.s);
   out.y[at] = out.residual == nullptr
                   ? value
                   : from_float<T>(to_float(out.residual[at]) + to_float(value));
@@ -37,7 +43,7 @@ __device__ inline void store_output(const Output<T>& out, std::int64_t row, int 
 
 template <Activation kActivation>
 __device__ inline void store_output(const Output<std::int32_t>& out, std::int64_t row, int column,
-                                    int acc, RowScale scale) {
+                                    int acc, float, RowScale scale) {
   out.y[row * out.n + column] = acc - scale.sum;
 }
 

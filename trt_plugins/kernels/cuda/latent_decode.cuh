@@ -259,14 +259,22 @@ __global__ void __launch_bounds__(kDecodeThreads)
            head;
   };
   W* factors = combined + args.rank;  // [chunks]
-  W largest = -INFINITY;
-  for (int c = 0; c < used; ++c) largest = larger(stats[2 * at(c)], largest);
-  for (int c = threadIdx.x; c < used; c += kDecodeThreads) {
-    factors[c] = exponential(stats[2 * at(c)] - largest);
+  // Each warp finds the largest score and the sum of weights for itself.
+  const int lane = threadIdx.x % 32;
+  W largest = -INFINITY, total = 0;
+  for (int c = lane; c < used; c += 32) largest = larger(stats[2 * at(c)], largest);
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest = larger(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+  }
+  for (int c = lane; c < used; c += 32) {
+    const W factor = exponential(stats[2 * at(c)] - largest);
+    total += stats[2 * at(c) + 1] * factor;
+    if (threadIdx.x < 32) factors[c] = factor;
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    total += __shfl_xor_sync(0xffffffffU, total, offset);
   }
   __syncthreads();
-  W total = 0;
-  for (int c = 0; c < used; ++c) total += stats[2 * at(c) + 1] * factors[c];
   for (int r = threadIdx.x; r < args.rank; r += kDecodeThreads) {
     W sum = 0;
 #pragma unroll 8
@@ -276,7 +284,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   __syncthreads();
   // A warp takes 16 rows of W_uv: its lanes hold two of them and eight of each 32 columns.
   const int first_row = head * (args.nope_dim + args.value_dim) + args.nope_dim;
-  const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+  const int g = lane / 4, quad = lane % 4;
   const int last_block = (first_row + args.value_dim - 1) / 16;
   for (int block = first_row / 16 + threadIdx.x / 32; block <= last_block;
        block += kDecodeThreads / 32) {

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   if (threadIdx.x < 16 && column < out.n) {
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][0][threadIdx.x];
-    store_output<kActivation>(out, 0, column, sum, scale);
+    store_output<kActivation>(out, 0, column, sum, column_scale(out, column), scale);
   }
 }
 
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kGemvThreads)
     if (column >= out.n) continue;
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][i / 16][i % 16];
-    store_output<kActivation>(out, row, column, sum, {scales.s[row], scales.sums[row]});
+    store_output<kActivation>(out, row, column, sum, column_scale(out, column),
+                              {scales.s[row], scales.sums[row]});
   }
 }
 

@@ -19,7 +19,10 @@ struct TileShape {
   static constexpr int kRows = 8 * kWarpsM * kTilesM;
   static constexpr int kActivationBytes = kRows / 8 * kActivationBlockBytes;
   static constexpr int kStageBytes = kActivationBytes + kOutputs / 16 * kWeightBlockBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kSumStride = kOutputs + 4;
+  static constexpr int kSumBytes = kRows * kSumStride * 4;
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
 };
 
 /// Rows that matter, where the rows are batches of `capacity` of which only the first lens[b] do.
@@ -72,7 +75,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const std::int64_t num_tiles_m = (m + 7) / 8;
   const std::int64_t num_tiles_n = (out.n + 15) / 16;
   const int first_tile_n = blockIdx.y * (Shape::kOutputs / 16);
-  const int tile_n = first_tile_n + warp_n * kTilesN;
   const int num_steps = kDigits * num_blocks;
 
   // Step i works on digit kDigits - 1 - i / num_blocks and block i % num_blocks.
@@ -142,21 +144,39 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     }
   }
+  detail::wait_for_copies<0>();
+  __syncthreads();  // the stages have been used: their memory takes the sums
+  int* sums = reinterpret_cast<int*>(stages);  // [rows][kOutputs], padded against bank conflicts
+  constexpr int kStride = Shape::kSumStride;
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int j = 0; j < kTilesM; ++j) {
+  for (int i = 0; i < kTilesN; ++i) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const std::int64_t row = first_row + 8 * (warp_m * kTilesM + j) + 2 * t + c;
-      if (row >= m) continue;
-      const RowScale scale = {scales.s[row], scales.sums[row]};
-#pragma unroll
-      for (int i = 0; i < kTilesN; ++i) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int column = (tile_n + i) * 16 + g + 8 * r;
-          if (column < out.n) store_output<kActivation>(out, row, column, acc[i][j][2 * r + c], scale);
-        }
+    for (int j = 0; j < kTilesM; ++j) {
+      int* to = sums + (8 * (warp_m * kTilesM + j) + 2 * t) * kStride +
+                16 * (warp_n * kTilesN + i) + g;
+      to[0] = acc[i][j][0];
+      to[kStride] = acc[i][j][1];
+      to[8] = acc[i][j][2];
+      to[kStride + 8] = acc[i][j][3];
+    }
+  }
+  __syncthreads();
+  // A thread keeps its column, so that its scale is loaded once and stores are side by side.
+  constexpr int kColumnThreads = Shape::kOutputs < Shape::kThreads ? Shape::kOutputs
+                                                                   : Shape::kThreads;
+  const int first_column = blockIdx.y * Shape::kOutputs;
+  for (int c = threadIdx.x % kColumnThreads; c < Shape::kOutputs; c += kColumnThreads) {
+    const int column = first_column + c;
+    if (column >= out.n) break;
+    const float weight_scale = column_scale(out, column);
+#pragma unroll 8
+    for (int r = threadIdx.x / kColumnThreads; r < Shape::kRows;
+         r += Shape::kThreads / kColumnThreads) {
+      const std::int64_t row = first_row + r;
+      if (row < m) {
+        store_output<kActivation>(out, row, column, sums[r * kStride + c], weight_scale,
+                                  {__ldg(scales.s + row), __ldg(scales.sums + row)});
       }
     }
   }
