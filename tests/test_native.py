@@ -16,7 +16,7 @@ from native_helpers import LIBRARY, needs_library
 
 import tinylm
 from tinylm.errors import NativeError, NativeToolError
-from tinylm_export import native, native_build, native_sdk
+from tinylm_export import native, native_build, native_gpu, native_sdk
 from tinylm_export.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,27 @@ def test_nothing_built(nowhere: Path, cli: Cli) -> None:
     assert code == 2 and f"Run `{BUILD}`" in err
 
 
+def test_plugins_that_are_not_built_or_no_library(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    command = "tinylm-export native build --gpu"
+    with pytest.raises(NativeError, match=rf"no libtinylm_trt\.so in .* Run `{command}`"):
+        native_gpu.plugin_library()
+    code, _, err = cli("native", "path", "--plugins")
+    assert code == 1 and f"Run `{command}`" in err
+    cached = touch(
+        nowhere / "cache" / "native" / tinylm.__version__ / "lib" / native_gpu.LIBRARY_NAME
+    )
+    assert native_gpu.plugin_library() == cached
+    monkeypatch.setenv(native.FOLDER_VARIABLE, str(nowhere / "named"))
+    assert native_gpu.find_plugin_library() is None
+    named = touch(nowhere / "named" / "plugins" / native_gpu.LIBRARY_NAME)
+    assert native_gpu.plugin_library() == named
+    message = rf"{named} can't be loaded as TensorRT's plugins: .* then `{command}`"
+    with pytest.raises(NativeError, match=message):
+        native_gpu.describe_plugins()
+
+
 def test_missing_sources_are_named(nowhere: Path) -> None:
     with pytest.raises(NativeError, match=r"the C\+\+ sources are missing.*pip install"):
         native.source_dir()
@@ -139,7 +160,20 @@ def test_describe(cli: Cli, tmp_path: Path) -> None:
     code, out, _ = cli("native", "info", "--json", tmp_path / "info.json")
     assert code == 0 and info.isa in out
     expected = {"path": str(LIBRARY), "version": info.version, "isa": info.isa}
-    assert json.loads((tmp_path / "info.json").read_text()) == expected
+    values = json.loads((tmp_path / "info.json").read_text())
+    plugins = values.pop("plugins")
+    assert values == expected
+    found = native_gpu.find_plugin_library()
+    code, path, _ = cli("native", "path", "--plugins")
+    if found is None:
+        assert (code, path, plugins) == (1, "", None) and "plugins  not built" in out
+    else:
+        assert (code, path.strip()) == (0, str(found)) and str(found) in out
+        assert plugins == {
+            "path": str(found),
+            "version": tinylm.__version__,
+            "build": native_gpu.describe_plugins().build,
+        }
 
 
 @needs_library
