@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   if (threadIdx.x < 16 && column < out.n) {
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][0][threadIdx.x];
-    store_output<kActivation>(out, 0, column, sum, column_scale(out, column), scale);
+    RowOutput<Y>(out, 0, scale).template store<kActivation>(column, sum, column_scale(out, column));
   }
 }
 
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kGemvThreads)
     if (column >= out.n) continue;
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][i / 16][i % 16];
-    store_output<kActivation>(out, row, column, sum, column_scale(out, column),
-                              {scales.s[row], scales.sums[row]});
+    RowOutput<Y>(out, row, {scales.s[row], scales.sums[row]})
+        .template store<kActivation>(column, sum, column_scale(out, column));
   }
 }
 

@@ -19,10 +19,7 @@ struct TileShape {
   static constexpr int kRows = 8 * kWarpsM * kTilesM;
   static constexpr int kActivationBytes = kRows / 8 * kActivationBlockBytes;
   static constexpr int kStageBytes = kActivationBytes + kOutputs / 16 * kWeightBlockBytes;
-  static constexpr int kSumStride = kOutputs + 4;
-  static constexpr int kSumBytes = kRows * kSumStride * 4;
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
 /// Rows that matter, where the rows are batches of `capacity` of which only the first lens[b] do.
@@ -144,39 +141,28 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     }
   }
-  detail::wait_for_copies<0>();
-  __syncthreads();  // the stages have been used: their memory takes the sums
-  int* sums = reinterpret_cast<int*>(stages);  // [rows][kOutputs], padded against bank conflicts
-  constexpr int kStride = Shape::kSumStride;
+  // Lanes hold eight outputs side by side of two rows.
   const int g = lane / 4, t = lane % 4;
+  const int first_column = 16 * (first_tile_n + warp_n * kTilesN) + g;
+  float weight_scale[2 * kTilesN];
 #pragma unroll
-  for (int i = 0; i < kTilesN; ++i) {
-#pragma unroll
-    for (int j = 0; j < kTilesM; ++j) {
-      int* to = sums + (8 * (warp_m * kTilesM + j) + 2 * t) * kStride +
-                16 * (warp_n * kTilesN + i) + g;
-      to[0] = acc[i][j][0];
-      to[kStride] = acc[i][j][1];
-      to[8] = acc[i][j][2];
-      to[kStride + 8] = acc[i][j][3];
-    }
+  for (int i = 0; i < 2 * kTilesN; ++i) {
+    const int column = first_column + 8 * i;
+    weight_scale[i] = column < out.n ? column_scale(out, column) : 0.0F;
   }
-  __syncthreads();
-  // A thread keeps its column, so that its scale is loaded once and stores are side by side.
-  constexpr int kColumnThreads = Shape::kOutputs < Shape::kThreads ? Shape::kOutputs
-                                                                   : Shape::kThreads;
-  const int first_column = blockIdx.y * Shape::kOutputs;
-  for (int c = threadIdx.x % kColumnThreads; c < Shape::kOutputs; c += kColumnThreads) {
-    const int column = first_column + c;
-    if (column >= out.n) break;
-    const float weight_scale = column_scale(out, column);
-#pragma unroll 8
-    for (int r = threadIdx.x / kColumnThreads; r < Shape::kRows;
-         r += Shape::kThreads / kColumnThreads) {
-      const std::int64_t row = first_row + r;
-      if (row < m) {
-        store_output<kActivation>(out, row, column, sums[r * kStride + c], weight_scale,
-                                  {__ldg(scales.s + row), __ldg(scales.sums + row)});
+#pragma unroll
+  for (int j = 0; j < 2 * kTilesM; ++j) {
+    const std::int64_t row =
+        first_row + 8 * (warp_m * kTilesM + j / 2) + 2 * t + j % 2;
+    if (row >= m) continue;
+    const RowScale scale = {__ldg(scales.s + row), __ldg(scales.sums + row)};
+    const RowOutput<Y> to(out, row, scale);
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesN; ++i) {
+      const int column = first_column + 8 * i;
+      if (column < out.n) {
+        to.template store<kActivation>(column, acc[i / 2][j / 2][2 * (i % 2) + j % 2],
+                                       weight_scale[i]);
       }
     }
   }
