@@ -1,0 +1,68 @@
+// The layouts that feed mma.sync.m16n8k32, and the instruction.
+//
+// Weights are its A operand (16 outputs x 32 inputs), activations its B operand (32 inputs x 8
+// rows). Both lie in memory in the order of the registers, so that every load is 16 bytes a lane and
+// no shared memory is needed to transpose:
+//   weights      [N/16][K/128][lane][4 words]: a word is one A fragment of 2-bit codes,
+//                register i in bits 2i of each byte (export/gpu_packing.py);
+//   activations  [digit][M/8][K/128][half][lane][4 words]: word 2b + i is register i of the B
+//                fragment for inputs 64 half + 32 b ...
+#pragma once
+
+#include <cstdint>
+
+namespace tinylm::cuda {
+
+inline constexpr int kBlockInputs = 128;
+inline constexpr int kWeightBlockBytes = 512;       // 16 outputs x 128 inputs
+inline constexpr int kActivationBlockBytes = 1024;  // 8 rows x 128 inputs
+
+/// Byte offset of the word with columns column .. column + 3 (a multiple of 4) of a row among the
+/// activations of one digit.
+__host__ __device__ inline std::int64_t activation_offset(std::int64_t row, int column,
+                                                          int num_blocks) {
+  const std::int64_t block = row / 8 * num_blocks + column / kBlockInputs;
+  const int in_block = column % kBlockInputs;
+  const int half = in_block / 64;
+  const int lane = static_cast<int>(row % 8) * 4 + in_block % 16 / 4;
+  const int word = in_block % 64 / 32 * 2 + in_block % 32 / 16;
+  return block * kActivationBlockBytes + half * 512 + lane * 16 + word * 4;
+}
+
+/// acc += A . B with unsigned codes {0, 1, 2} and signed activations.
+__device__ inline void mma(int (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                           std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// One A fragment of codes 0, 1, 2 from its word.
+__device__ inline void unpack(std::uint32_t word, std::uint32_t (&a)[4]) {
+  for (int i = 0; i < 4; ++i) a[i] = word >> (2 * i) & 0x03030303U;
+}
+
+/// Weights are read once: past L1, first to leave L2.
+__device__ inline uint4 load_weights(const std::uint8_t* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+/// Code -1, 0 or 1 at (row, column) of packed weights.
+__device__ inline int code_at(const std::uint8_t* weight, int row, int column, int num_blocks) {
+  const int in_row = row % 16, in_block = column % kBlockInputs, in_word = in_block % 32;
+  const int lane = in_row % 8 * 4 + in_word % 16 / 4;
+  const int i = in_row / 8 + in_word / 16 * 2;
+  const std::int64_t block =
+      static_cast<std::int64_t>(row / 16) * num_blocks + column / kBlockInputs;
+  const std::uint8_t byte =
+      weight[block * kWeightBlockBytes + lane * 16 + in_block / 32 * 4 + in_word % 4];
+  return (byte >> (2 * i) & 3) - 1;
+}
+
+}  // namespace tinylm::cuda

@@ -1,0 +1,144 @@
+// New tokens into the cache, and queries into the latent space.
+#pragma once
+
+#include "fragments.cuh"
+#include "latent_attention.h"
+#include "quantize_row.cuh"
+
+namespace tinylm::cuda {
+
+inline constexpr int kAppendThreads = 128;
+
+/// Rotary frequencies, float32 as in tinylm/latent_attention.py.
+struct Frequencies {
+  float values[kMaxRopeDim / 2];
+};
+
+/// What the kernels of one layer share; T is the tensors' type.
+template <typename T>
+struct LatentArgs {
+  int num_heads, nope_dim, rope_dim, value_dim, rank;
+  float eps, softmax_scale;
+  Frequencies frequencies;
+  int length, capacity;
+  const T* qkv;  // [B, S, width]
+  int width;
+  const float* norm_weight;
+  const std::uint8_t* kv_b;
+  const float* kv_b_scale;
+  const std::int32_t* past_lens;
+  const std::int32_t* seq_lens;
+  std::int8_t* latent;
+  float* scale;
+  T* rope;
+  T* y;
+
+  __device__ int qk_dim() const { return nope_dim + rope_dim; }
+  __device__ int kv_b_blocks() const { return (rank + kBlockInputs - 1) / kBlockInputs; }
+};
+
+/// One new token: batch row, index among the new ones, position in the sequence.
+struct NewToken {
+  int b, i, position;
+  bool valid;  // not padding
+  bool fits;   // into the cache
+};
+
+template <typename T>
+__device__ inline NewToken new_token(const LatentArgs<T>& args, std::int64_t token) {
+  NewToken t{};
+  t.b = static_cast<int>(token / args.length);
+  t.i = static_cast<int>(token % args.length);
+  t.position = args.past_lens[t.b] + t.i;
+  t.valid = t.i < args.seq_lens[t.b];
+  t.fits = t.position >= 0 && t.position < args.capacity;
+  return t;
+}
+
+/// Cosine and sine of pair i at a position: a float32 angle, float64 functions, float32 results.
+__device__ inline void rotary(const Frequencies& frequencies, int position, int i, float& cosine,
+                              float& sine) {
+  const double angle = static_cast<double>(static_cast<float>(position) * frequencies.values[i]);
+  double s, c;
+  sincos(angle, &s, &c);
+  cosine = static_cast<float>(c);
+  sine = static_cast<float>(s);
+}
+
+/// Rotates pair i of x [P] and rounds to T.
+template <typename T>
+__device__ inline void rotate_pair(const T* x, T* y, int half, int i, float cosine, float sine) {
+  const double first = to_float(x[i]), second = to_float(x[i + half]);
+  // Products of float32 are exact in float64, so a fused multiply-add changes nothing.
+  y[i] = from_wide<T>(first * cosine - second * sine);
+  y[i + half] = from_wide<T>(second * cosine + first * sine);
+}
+
+/// Norms, quantises and stores the latent and the rotated key of one new token a thread block.
+/// Shared memory: float [R]. angles: float2 [B * S, P / 2] or nullptr.
+template <typename T>
+__global__ void __launch_bounds__(kAppendThreads)
+    latent_append(LatentArgs<T> args, std::int64_t first_token, float2* angles) {
+  extern __shared__ __align__(16) float row_memory[];
+  const std::int64_t token = first_token + blockIdx.x;
+  const NewToken t = new_token(args, token);
+  const int half = args.rope_dim / 2;
+  const T* kv = args.qkv + token * args.width + args.num_heads * args.qk_dim();
+  const std::int64_t slot = static_cast<std::int64_t>(t.b) * args.capacity + t.position;
+  for (int i = threadIdx.x; i < half; i += kAppendThreads) {
+    float cosine, sine;
+    rotary(args.frequencies, t.position, i, cosine, sine);
+    if (angles != nullptr) angles[token * half + i] = make_float2(cosine, sine);
+    if (t.valid && t.fits) {
+      rotate_pair(kv + args.rank, args.rope + slot * args.rope_dim, half, i, cosine, sine);
+    }
+  }
+  if (!t.valid || !t.fits) return;
+  const RowSource<T> source{kv, args.norm_weight, args.eps, args.rank, false};
+  const RowScale scale = quantize_row<kAppendThreads, Activation::kInt8>(
+      source, row_memory, args.rank, [&](int, int column, std::uint32_t word) {
+        *reinterpret_cast<std::uint32_t*>(args.latent + slot * args.rank + column) = word;
+      });
+  if (threadIdx.x == 0) args.scale[slot] = scale.s;
+}
+
+/// Takes one head's query of one new token into the latent space: W_uk^T q_nope, then the rotated
+/// part as it is. Grid: tokens x heads. out: wide [tokens, H, R + P].
+template <typename T>
+__global__ void __launch_bounds__(kAppendThreads)
+    latent_absorb(LatentArgs<T> args, std::int64_t first_token, wide_t<T>* out) {
+  using W = wide_t<T>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const std::int64_t token = first_token + blockIdx.x;
+  const NewToken t = new_token(args, token);
+  if (!t.valid) return;
+  const int head = blockIdx.y;
+  const int row_width = args.rank + args.rope_dim;
+  const T* q = args.qkv + token * args.width + head * args.qk_dim();
+  W* row = out + (static_cast<std::int64_t>(blockIdx.x) * args.num_heads + head) * row_width;
+  const int first_row = head * (args.nope_dim + args.value_dim);
+  W* scaled = reinterpret_cast<W*>(memory);  // [nope]
+  for (int d = threadIdx.x; d < args.nope_dim; d += kAppendThreads) {
+    scaled[d] = static_cast<W>(to_float(q[d])) * static_cast<W>(args.kv_b_scale[first_row + d]);
+  }
+  const int half = args.rope_dim / 2;
+  T* rotated = reinterpret_cast<T*>(scaled + args.nope_dim);  // [P]
+  for (int i = threadIdx.x; i < half; i += kAppendThreads) {
+    float cosine, sine;
+    rotary(args.frequencies, t.position, i, cosine, sine);
+    rotate_pair(q + args.nope_dim, rotated, half, i, cosine, sine);
+  }
+  __syncthreads();
+  for (int r = threadIdx.x; r < args.rank; r += kAppendThreads) {
+    W sum = 0;
+    for (int d = 0; d < args.nope_dim; ++d) {
+      sum += scaled[d] * static_cast<W>(code_at(args.kv_b, first_row + d, r, args.kv_b_blocks()));
+    }
+    row[r] = sum;
+  }
+  for (int i = threadIdx.x; i < args.rope_dim; i += kAppendThreads) {
+    row[args.rank + i] = static_cast<W>(to_float(rotated[i]));
+  }
+}
+
+}  // namespace tinylm::cuda

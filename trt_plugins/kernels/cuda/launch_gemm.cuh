@@ -1,0 +1,76 @@
+// Chooses the kernel for rows that are quantised already.
+#pragma once
+
+#include <algorithm>
+
+#include "quantize.cuh"
+#include "ternary_gemv.cuh"
+#include "ternary_tile.cuh"
+
+namespace tinylm::cuda {
+
+inline constexpr std::int64_t kMaxGemvRows = 32;
+
+/// Lets a kernel have `bytes` of shared memory, where that is more than every kernel may have.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
+  constexpr std::int64_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+/// One product: m quantised rows with n packed outputs.
+struct Product {
+  QuantizedRows rows;
+  const std::uint8_t* weight;
+  std::int64_t m;
+  std::int64_t k;
+  RowLimits limits;
+};
+
+namespace detail {
+
+template <typename Shape, Activation kActivation, typename Y>
+cudaError_t launch_tile(const Product& p, const Output<Y>& out, cudaStream_t stream) {
+  const auto kernel = ternary_tile<Shape, kActivation, Y>;
+  if (const auto error = allow_shared_memory(kernel, Shape::kSharedBytes)) return error;
+  const dim3 grid(static_cast<unsigned>((p.m + Shape::kRows - 1) / Shape::kRows),
+                  static_cast<unsigned>((out.n + Shape::kOutputs - 1) / Shape::kOutputs));
+  kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(
+      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, p.weight,
+      static_cast<int>(round_up(p.k, kBlockInputs) / kBlockInputs), out, p.m, p.limits);
+  return cudaGetLastError();
+}
+
+template <int kTiles, Activation kActivation, typename Y>
+cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
+  const GemvWeights weights{p.weight, static_cast<int>(round_up(p.k, kBlockInputs) / kBlockInputs)};
+  const auto blocks = static_cast<unsigned>((out.n + 15) / 16);
+  ternary_gemv<kActivation, kTiles, Y><<<blocks, kGemvThreads, 0, stream>>>(
+      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, weights, out,
+      static_cast<int>(p.m));
+  return cudaGetLastError();
+}
+
+}  // namespace detail
+
+/// Enqueues the product.
+template <Activation kActivation, typename Y>
+cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t stream) {
+  // Warps n x m, fragments n x m, stages.
+  using Small = TileShape<2, 2, 2, 4, 4>;  // 64 outputs x 64 rows
+  using Large = TileShape<4, 2, 2, 8, 4>;  // 128 outputs x 128 rows
+  constexpr std::int64_t kEnoughBlocks = 100;
+  if (p.m <= kMaxGemvRows) {
+    if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
+    if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
+    return detail::launch_gemv<4, kActivation>(p, out, stream);
+  }
+  const std::int64_t large_blocks = (p.m + 127) / 128 * ((out.n + 127) / 128);
+  if (large_blocks >= kEnoughBlocks) return detail::launch_tile<Large, kActivation>(p, out, stream);
+  return detail::launch_tile<Small, kActivation>(p, out, stream);
+}
+
+}  // namespace tinylm::cuda

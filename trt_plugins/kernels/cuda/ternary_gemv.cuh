@@ -1,0 +1,167 @@
+// Few rows (M up to 32): one thread block for 16 outputs, its warps share K. Sums are integers, so
+// the order in which the warps' parts are added does not matter.
+#pragma once
+
+#include "epilogue.cuh"
+#include "fragments.cuh"
+
+namespace tinylm::cuda {
+
+inline constexpr int kGemvWarps = 8;
+inline constexpr int kGemvThreads = 32 * kGemvWarps;
+// Blocks of 128 inputs whose weights a warp loads before it waits for the activations.
+inline constexpr int kGemvPrefetch = 4;
+
+/// Arguments of both kernels.
+struct GemvWeights {
+  const std::uint8_t* packed;
+  int num_blocks;  // K / 128, rounded up
+};
+
+namespace detail {
+
+/// Adds one block of 128 inputs of kTiles times 8 rows. b(tile, half) gives four words.
+template <int kTiles, typename Load>
+__device__ inline void add_block(int (&acc)[kTiles][4], uint4 weights, Load b) {
+  const std::uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+  for (int half = 0; half < 2; ++half) {
+    std::uint32_t first[4], second[4];
+    unpack(words[2 * half], first);
+    unpack(words[2 * half + 1], second);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint4 rows = b(tile, half);
+      mma(acc[tile], first, rows.x, rows.y);
+      mma(acc[tile], second, rows.z, rows.w);
+    }
+  }
+}
+
+/// Sums the blocks of one warp, digit by digit: acc = acc * 256 + digit's sum (Horner).
+/// load_b(digit, block, tile, half) gives the activations.
+template <int kTiles, int kDigits, typename Load>
+__device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* weights, int num_blocks,
+                                  const uint4 (&prefetched)[kGemvPrefetch], Load load_b) {
+  const int warp = threadIdx.x / 32;
+#pragma unroll
+  for (int digit = kDigits - 1; digit >= 0; --digit) {
+#pragma unroll
+    for (int i = 0; i < kGemvPrefetch; ++i) {
+      const int block = warp + i * kGemvWarps;
+      if (block < num_blocks) {
+        add_block<kTiles>(acc, prefetched[i], [&](int tile, int half) {
+          return load_b(digit, block, tile, half);
+        });
+      }
+    }
+    for (int block = warp + kGemvPrefetch * kGemvWarps; block < num_blocks; block += kGemvWarps) {
+      const uint4 words = load_weights(weights + block * kWeightBlockBytes);
+      add_block<kTiles>(acc, words,
+                        [&](int tile, int half) { return load_b(digit, block, tile, half); });
+    }
+    if (digit > 0) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        for (int& value : acc[tile]) value *= 256;
+      }
+    }
+  }
+}
+
+__device__ inline void prefetch_weights(uint4 (&words)[kGemvPrefetch], const std::uint8_t* weights,
+                                        int num_blocks) {
+#pragma unroll
+  for (int i = 0; i < kGemvPrefetch; ++i) {
+    const int block = threadIdx.x / 32 + i * kGemvWarps;
+    if (block < num_blocks) words[i] = load_weights(weights + block * kWeightBlockBytes);
+  }
+}
+
+/// The weights of this thread block's 16 outputs, at this lane's words.
+__device__ inline const std::uint8_t* lane_weights(const GemvWeights& weights) {
+  return weights.packed +
+         static_cast<std::int64_t>(blockIdx.x) * weights.num_blocks * kWeightBlockBytes +
+         threadIdx.x % 32 * 16;
+}
+
+/// Leaves every warp's part in parts[warp][row][output].
+template <int kTiles>
+__device__ inline void keep_parts(const int (&acc)[kTiles][4], int (*parts)[8 * kTiles][16]) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < 4; ++i) parts[warp][8 * tile + 2 * t + i % 2][g + i / 2 * 8] = acc[tile][i];
+  }
+}
+
+}  // namespace detail
+
+/// One row, quantised by every thread block for itself: cheaper than a kernel of its own.
+/// Shared memory: float [k], then int8 [digits][K padded].
+template <Activation kActivation, typename T, typename Y>
+__global__ void __launch_bounds__(kGemvThreads)
+    ternary_gemv_fused(RowSource<T> source, GemvWeights weights, Output<Y> out) {
+  constexpr int kDigits = num_digits(kActivation);
+  extern __shared__ __align__(16) std::uint8_t memory[];
+  __shared__ int parts[kGemvWarps][8][16];
+  float* row = reinterpret_cast<float*>(memory);
+  const int k_padded = weights.num_blocks * kBlockInputs;
+  std::uint8_t* q = memory + source.k * sizeof(float);
+
+  uint4 words[kGemvPrefetch];
+  const std::uint8_t* packed = detail::lane_weights(weights);
+  detail::prefetch_weights(words, packed, weights.num_blocks);
+  const RowScale scale = quantize_row<kGemvThreads, kActivation>(
+      source, row, k_padded, [&](int digit, int column, std::uint32_t word) {
+        *reinterpret_cast<std::uint32_t*>(q + digit * k_padded + column) = word;
+      });
+
+  int acc[1][4] = {};
+  const int t = threadIdx.x % 4;
+  // Every column of the B operand holds the same row; the first one's sums are used.
+  detail::sum_blocks<1, kDigits>(
+      acc, packed, weights.num_blocks, words, [&](int digit, int block, int, int half) {
+        const std::uint8_t* at = q + digit * k_padded + block * kBlockInputs + half * 64 + 4 * t;
+        const auto word = [&](int i) { return *reinterpret_cast<const std::uint32_t*>(at + i); };
+        return make_uint4(word(0), word(16), word(32), word(48));
+      });
+  detail::keep_parts<1>(acc, parts);
+  __syncthreads();
+  const int column = blockIdx.x * 16 + threadIdx.x;
+  if (threadIdx.x < 16 && column < out.n) {
+    int sum = 0;
+    for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][0][threadIdx.x];
+    store_output<kActivation>(out, 0, column, sum, scale);
+  }
+}
+
+/// Up to 8 * kTiles rows that are quantised already.
+/// @param activations In the order of fragments.cuh; digit_bytes apart.
+template <Activation kActivation, int kTiles, typename Y>
+__global__ void __launch_bounds__(kGemvThreads)
+    ternary_gemv(const std::uint8_t* activations, std::int64_t digit_bytes, RowScales scales,
+                 GemvWeights weights, Output<Y> out, int m) {
+  __shared__ int parts[kGemvWarps][8 * kTiles][16];
+  uint4 words[kGemvPrefetch];
+  const std::uint8_t* packed = detail::lane_weights(weights);
+  detail::prefetch_weights(words, packed, weights.num_blocks);
+  int acc[kTiles][4] = {};
+  const int num_tiles = (m + 7) / 8;
+  detail::sum_blocks<kTiles, num_digits(kActivation)>(
+      acc, packed, weights.num_blocks, words, [&](int digit, int block, int tile, int half) {
+        if (tile >= num_tiles) return make_uint4(0, 0, 0, 0);
+        const std::int64_t at = static_cast<std::int64_t>(tile) * weights.num_blocks + block;
+        return *reinterpret_cast<const uint4*>(activations + digit * digit_bytes +
+                                               at * kActivationBlockBytes + half * 512 +
+                                               threadIdx.x % 32 * 16);
+      });
+  detail::keep_parts<kTiles>(acc, parts);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 16 * m; i += kGemvThreads) {
+    const int row = i / 16, column = blockIdx.x * 16 + i % 16;
+    if (column >= out.n) continue;
+    int sum = 0;
+    for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][row][i % 16];
+    store_output<kActivation>(out, row, column, sum, {scales.s[row], scales.sums[row]});
+  }
+}
+
+}  // namespace tinylm::cuda

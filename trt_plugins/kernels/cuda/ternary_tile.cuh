@@ -1,0 +1,166 @@
+// Many rows: a thread block computes a tile of outputs x rows. Activations come through shared
+// memory in stages of 128 inputs by cp.async; weights go from global memory, through L1, straight
+// into fragments.
+#pragma once
+
+#include "epilogue.cuh"
+#include "fragments.cuh"
+
+namespace tinylm::cuda {
+
+/// Sizes of one variant: warps along outputs and rows, and each warp's fragments.
+template <int kWarpsN_, int kWarpsM_, int kTilesN_, int kTilesM_, int kStages_>
+struct TileShape {
+  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_;
+  static constexpr int kTilesN = kTilesN_, kTilesM = kTilesM_;  // 16 outputs, 8 rows
+  static constexpr int kStages = kStages_;
+  static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
+  static constexpr int kOutputs = 16 * kWarpsN * kTilesN;
+  static constexpr int kRows = 8 * kWarpsM * kTilesM;
+  static constexpr int kStageBytes = kRows / 8 * kActivationBlockBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+};
+
+/// Rows that matter, where the rows are batches of `capacity` of which only the first lens[b] do.
+struct RowLimits {
+  const std::int32_t* past_lens = nullptr;  // [batches] or nullptr: every row
+  const std::int32_t* seq_lens = nullptr;   // [batches]
+  std::int64_t capacity = 1;
+};
+
+namespace detail {
+
+__device__ inline void copy_async(void* to, const void* from, bool exists) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(bytes));
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
+
+/// Whether any row of [first, last) is among the first past + seq of its batch.
+__device__ inline bool any_row(const RowLimits& limits, std::int64_t first, std::int64_t last) {
+  if (limits.past_lens == nullptr) return true;
+  for (std::int64_t b = first / limits.capacity; b * limits.capacity < last; ++b) {
+    const std::int64_t begin = max(first, b * limits.capacity);
+    if (begin < b * limits.capacity + limits.past_lens[b] + limits.seq_lens[b]) return true;
+  }
+  return false;
+}
+
+}  // namespace detail
+
+/// y = activations . weights for rows of blockIdx.x's tile and outputs of blockIdx.y's.
+template <typename Shape, Activation kActivation, typename Y>
+__global__ void __launch_bounds__(Shape::kThreads)
+    ternary_tile(const std::uint8_t* activations, std::int64_t digit_bytes, RowScales scales,
+                 const std::uint8_t* packed, int num_blocks, Output<Y> out, std::int64_t m,
+                 RowLimits limits) {
+  constexpr int kDigits = num_digits(kActivation);
+  constexpr int kTilesN = Shape::kTilesN, kTilesM = Shape::kTilesM;
+  extern __shared__ __align__(16) std::uint8_t stages[];
+  const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * Shape::kRows;
+  if (!detail::any_row(limits, first_row, min(first_row + Shape::kRows, m))) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_n = warp % Shape::kWarpsN, warp_m = warp / Shape::kWarpsN;
+  const std::int64_t first_tile_m = first_row / 8;
+  const std::int64_t num_tiles_m = (m + 7) / 8;
+  const int num_tiles_n = static_cast<int>((out.n + 15) / 16);
+  const int tile_n = blockIdx.y * (Shape::kOutputs / 16) + warp_n * kTilesN;
+  const int num_steps = kDigits * num_blocks;
+
+  // Step i works on digit kDigits - 1 - i / num_blocks and block i % num_blocks.
+  const auto copy_stage = [&](int step) {
+    if (step < num_steps) {
+      const int digit = kDigits - 1 - step / num_blocks, block = step % num_blocks;
+      std::uint8_t* to = stages + step % Shape::kStages * Shape::kStageBytes;
+      for (int i = 16 * threadIdx.x; i < Shape::kStageBytes; i += 16 * Shape::kThreads) {
+        const std::int64_t tile = first_tile_m + i / kActivationBlockBytes;
+        const bool exists = tile < num_tiles_m;
+        const std::uint8_t* from = activations + digit * digit_bytes +
+                                   (tile * num_blocks + block) * kActivationBlockBytes +
+                                   i % kActivationBlockBytes;
+        detail::copy_async(to + i, exists ? from : activations, exists);
+      }
+    }
+    detail::commit_copies();
+  };
+  const auto load_block = [&](int step, uint4 (&words)[kTilesN]) {
+    if (step >= num_steps) return;
+#pragma unroll
+    for (int i = 0; i < kTilesN; ++i) {
+      const int tile = min(tile_n + i, num_tiles_n - 1);
+      const std::int64_t block =
+          static_cast<std::int64_t>(tile) * num_blocks + step % num_blocks;
+      words[i] = __ldg(
+          reinterpret_cast<const uint4*>(packed + block * kWeightBlockBytes + lane * 16));
+    }
+  };
+
+  for (int i = 0; i < Shape::kStages - 1; ++i) copy_stage(i);
+  uint4 next[kTilesN];
+  load_block(0, next);
+  int acc[kTilesN][kTilesM][4] = {};
+  for (int step = 0; step < num_steps; ++step) {
+    uint4 words[kTilesN];
+#pragma unroll
+    for (int i = 0; i < kTilesN; ++i) words[i] = next[i];
+    load_block(step + 1, next);
+    if (kDigits > 1 && step > 0 && step % num_blocks == 0) {
+      for (auto& row : acc) {
+        for (auto& tile : row) {
+          for (int& value : tile) value *= 256;
+        }
+      }
+    }
+    detail::wait_for_copies<Shape::kStages - 2>();
+    __syncthreads();
+    copy_stage(step + Shape::kStages - 1);
+    const std::uint8_t* stage = stages + step % Shape::kStages * Shape::kStageBytes +
+                                warp_m * kTilesM * kActivationBlockBytes + lane * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 rows[kTilesM];
+#pragma unroll
+      for (int j = 0; j < kTilesM; ++j) {
+        rows[j] =
+            *reinterpret_cast<const uint4*>(stage + j * kActivationBlockBytes + half * 512);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) {
+        std::uint32_t first[4], second[4];
+        unpack(half == 0 ? words[i].x : words[i].z, first);
+        unpack(half == 0 ? words[i].y : words[i].w, second);
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) {
+          mma(acc[i][j], first, rows[j].x, rows[j].y);
+          mma(acc[i][j], second, rows[j].z, rows[j].w);
+        }
+      }
+    }
+  }
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTilesM; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const std::int64_t row = first_row + 8 * (warp_m * kTilesM + j) + 2 * t + c;
+      if (row >= m) continue;
+      const RowScale scale = {scales.s[row], scales.sums[row]};
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int column = (tile_n + i) * 16 + g + 8 * r;
+          if (column < out.n) store_output<kActivation>(out, row, column, acc[i][j][2 * r + c], scale);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tinylm::cuda

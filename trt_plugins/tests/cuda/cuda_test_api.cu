@@ -1,0 +1,79 @@
+// The kernels' launchers as C functions, for tests through ctypes (tests/cuda_kernels.py). Every
+// function returns a cudaError_t.
+#include "latent_attention.h"
+#include "ternary_gemm.h"
+
+#define TINYLM_TEST_API extern "C" __attribute__((visibility("default")))
+
+using namespace tinylm::cuda;
+
+TINYLM_TEST_API std::int64_t tinylm_bit_linear_workspace(std::int64_t m, std::int64_t k,
+                                                         int activation) {
+  return bit_linear_workspace(m, k, static_cast<Activation>(activation));
+}
+
+TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, std::int64_t n,
+                                      std::int64_t k, int gated, const void* x,
+                                      const void* residual, void* y, const std::uint8_t* weight,
+                                      const float* weight_scale, const float* norm_weight,
+                                      float eps, void* workspace, void* stream) {
+  const BitLinearParams params{static_cast<DataType>(type), static_cast<Activation>(activation),
+                               m, n, k, gated != 0, x, residual, y, weight, weight_scale,
+                               norm_weight, eps};
+  return bit_linear(params, workspace, static_cast<cudaStream_t>(stream));
+}
+
+TINYLM_TEST_API int tinylm_quantize(int type, int activation, std::int64_t m, std::int64_t k,
+                                    int gated, const void* x, const float* norm_weight, float eps,
+                                    void* q, float* s, void* workspace, void* stream) {
+  BitLinearParams params;
+  params.type = static_cast<DataType>(type);
+  params.activation = static_cast<Activation>(activation);
+  params.m = m;
+  params.n = 1;
+  params.k = k;
+  params.gated = gated != 0;
+  params.x = x;
+  params.norm_weight = norm_weight;
+  params.eps = eps;
+  return quantize(params, q, s, workspace, static_cast<cudaStream_t>(stream));
+}
+
+TINYLM_TEST_API int tinylm_accumulate_int8(const std::int8_t* q, const std::uint8_t* weight,
+                                           std::int64_t m, std::int64_t n, std::int64_t k,
+                                           std::int32_t* sums, void* workspace, void* stream) {
+  return accumulate_int8(q, weight, m, n, k, sums, workspace, static_cast<cudaStream_t>(stream));
+}
+
+/// Sizes of an attention layer, in the order of tests/cuda_kernels.py.
+struct AttentionSizes {
+  std::int64_t num_heads, nope_dim, rope_dim, value_dim, latent_rank, batch, length, capacity;
+  float theta, eps, softmax_scale;
+  int type;
+};
+
+static LatentAttentionShape shape_of(const AttentionSizes& sizes) {
+  return {sizes.num_heads,   sizes.nope_dim, sizes.rope_dim, sizes.value_dim,
+          sizes.latent_rank, sizes.theta,    sizes.eps,      sizes.softmax_scale};
+}
+
+TINYLM_TEST_API std::int64_t tinylm_latent_attention_workspace(const AttentionSizes* sizes) {
+  return latent_attention_workspace(shape_of(*sizes), static_cast<DataType>(sizes->type),
+                                    sizes->batch, sizes->length, sizes->capacity);
+}
+
+TINYLM_TEST_API const char* tinylm_latent_attention_unsupported(const AttentionSizes* sizes) {
+  return unsupported(shape_of(*sizes));
+}
+
+TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const void* qkv,
+                                            const float* norm_weight, const std::uint8_t* kv_b,
+                                            const float* kv_b_scale, const std::int32_t* past_lens,
+                                            const std::int32_t* seq_lens, std::int8_t* latent,
+                                            float* scale, void* rope, void* y, void* workspace,
+                                            void* stream) {
+  const LatentAttentionParams params{
+      static_cast<DataType>(sizes->type), sizes->batch, sizes->length, sizes->capacity, qkv,
+      norm_weight, kv_b, kv_b_scale, past_lens, seq_lens, latent, scale, rope, y};
+  return latent_attention(shape_of(*sizes), params, workspace, static_cast<cudaStream_t>(stream));
+}
