@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from tinylm.errors import NativeError, NativeToolError
 from tinylm_export import native
+from tinylm_export.file_lock import locked
 from tinylm_export.native_sdk import header_dir, runtime_library
 
 LOG_FILE = "build.log"
@@ -66,7 +66,7 @@ def build(
     ]
     if not (folder / "CMakeCache.txt").exists():  # CMake keeps the first compiler of a build tree
         configure += ["-D", f"CMAKE_CXX_COMPILER={compiler}"]
-    with _locked(folder), (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+    with locked(folder), (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         for name, command in {
             "configure": configure,
             "build": [cmake, "--build", str(folder)],
@@ -166,16 +166,3 @@ def _describe_elsewhere(path: Path) -> native.NativeInfo:
         raise NativeError(f"the library was built and doesn't work: {done.stderr.strip()}")
     version, isa = done.stdout.split()
     return native.NativeInfo(version=version, isa=isa, path=path)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one build at a time into a folder, where the system has file locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,61 @@
+# Finds nvcc and TensorRT. Sets TINYLM_CUDA_FOUND (the CUDA language is enabled then),
+# TINYLM_TENSORRT_HEADER_DIR and TINYLM_TENSORRT_LIBRARY; says what it does without.
+
+if(TINYLM_CUDA)
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    find_program(TINYLM_NVCC nvcc
+                 HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS /usr/local/cuda/bin)
+    if(TINYLM_NVCC)
+      set(CMAKE_CUDA_COMPILER "${TINYLM_NVCC}")
+    endif()
+  endif()
+  if(NOT CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
+    set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
+  endif()
+  # CMake would try one architecture of its own choice while it identifies the compiler.
+  set(CMAKE_CUDA_ARCHITECTURES ${TINYLM_CUDA_ARCHITECTURES})
+  # NVIDIA's Python packages keep in lib/ what nvcc.profile looks for in lib64/.
+  set(nvcc "${CMAKE_CUDA_COMPILER}")
+  if(NOT nvcc)
+    set(nvcc "$ENV{CUDACXX}")
+  endif()
+  if(nvcc)
+    get_filename_component(nvcc "${nvcc}" REALPATH)
+    get_filename_component(cuda_root "${nvcc}/../.." ABSOLUTE)
+    if(EXISTS "${cuda_root}/lib/libcudart_static.a" AND NOT EXISTS "${cuda_root}/lib64")
+      string(APPEND CMAKE_CUDA_FLAGS_INIT " -L\"${cuda_root}/lib\"")
+    endif()
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    set(CMAKE_CUDA_STANDARD 17)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS OFF)
+    set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    set(TINYLM_CUDA_FOUND ON)
+    message(STATUS "TINYLM_CUDA: ${CMAKE_CUDA_COMPILER}, for ${TINYLM_CUDA_ARCHITECTURES}")
+  else()
+    message(STATUS "TINYLM_CUDA: off, nvcc not found; set CUDA_HOME, give -DTINYLM_NVCC=FILE, or "
+                   "build with `tinylm-export native build --gpu`, which fetches it")
+  endif()
+endif()
+
+if(TINYLM_TENSORRT AND TINYLM_CUDA_FOUND)
+  set(root "${TENSORRT_ROOT}")
+  if(NOT root)
+    set(root "$ENV{TENSORRT_ROOT}")
+  endif()
+  find_path(TINYLM_TENSORRT_HEADER_DIR NvInfer.h HINTS "${root}/include" "${root}")
+  find_library(TINYLM_TENSORRT_LIBRARY
+               NAMES nvinfer libnvinfer.so.10 libnvinfer.so.11
+               HINTS "${root}/lib" "${root}/lib64" "${root}")
+  if(TINYLM_TENSORRT_HEADER_DIR)
+    message(STATUS "TINYLM_TENSORRT: ${TINYLM_TENSORRT_HEADER_DIR}, ${TINYLM_TENSORRT_LIBRARY}")
+  else()
+    message(STATUS "TINYLM_TENSORRT: off, NvInfer.h not found; set TENSORRT_ROOT, or build with "
+                   "`tinylm-export native build --gpu`, which fetches it")
+  endif()
+endif()
