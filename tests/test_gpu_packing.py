@@ -1,4 +1,4 @@
-"""The CUDA kernels' weight layout: golden bytes, a slow loop over its definition, and its inverse."""
+"""The CUDA kernels' weight layout: golden bytes, a slow loop over its definition, its inverse."""
 
 from __future__ import annotations
 
