@@ -28,6 +28,7 @@ from tinylm.cli_shared import (
 )
 from tinylm.errors import DataError
 from tinylm_export.cli_native import app as native_app
+from tinylm_export.cli_trt import trt
 
 DEFAULT_PARITY_TOKENS = 4096
 DEFAULT_PARITY_LENGTH = 256
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(native_app)
+app.command(epilog="Example: tinylm-export trt onnx --out engine --dtype bf16")(trt)
 
 
 class TaskChoice(str, enum.Enum):

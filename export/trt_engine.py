@@ -52,7 +52,7 @@ def require_gpu() -> None:
 def make_logger(trt: Any) -> Any:
     """Return a TensorRT logger that keeps its last errors in ``messages`` and prints nothing."""
 
-    class KeepingLogger(trt.ILogger):  # type: ignore[misc]
+    class KeepingLogger(trt.ILogger):
         """Keeps errors, so that an exception can say them."""
 
         def __init__(self) -> None:
@@ -108,7 +108,7 @@ class TrtEngine:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            _load_plugins(self._runtime.get_plugin_registry(), plugins, self.logger)
+            load_plugins(self._runtime.get_plugin_registry(), plugins, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -129,8 +129,12 @@ class TrtEngine:
         return plugin_library()
 
 
-def _load_plugins(registry: Any, path: Path, logger: Any) -> None:
-    """Register the plugins of a library, once a process."""
+def load_plugins(registry: Any, path: Path, logger: Any) -> None:
+    """Register the plugins of a library, once a process.
+
+    Raises:
+        ExportError: TensorRT can't load it.
+    """
     path = path.resolve()
     if path in _loaded_plugins:
         return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tinylm.config import ModelConfig
 from tinylm.errors import ExportError
 from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.cast_graph import cast_graph
+from tinylm_export.passes.dense import make_dense
 from tinylm_export.passes.drop_function_bodies import drop_function_bodies
 from tinylm_export.passes.fold_residual import fold_residual
 from tinylm_export.passes.fold_swiglu import fold_swiglu
@@ -42,6 +44,31 @@ def plugin_graph(
     fold_residual(model).require_all("fold the residual into a BitLinear")
     prepack_weights(model).require_all("pack its weight for the GPU")
     mark_plugins(model, activation="fp8_e4m3" if fp8_act else None)
+    cast_graph(model, dtype)
+    return model
+
+
+def dense_graph(
+    model: ir.Model, config: ModelConfig, *, dtype: str = "bf16", all_logits: bool = False
+) -> ir.Model:
+    """Rewrite an exported model to ordinary weights and standard ops, in place, and return it.
+
+    Args:
+        model: What ``tinylm-export onnx`` wrote, with the latent cache.
+        config: The model's, for the length of the rotary tables.
+        dtype: Type of weights and activations: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        all_logits: Give logits at every position.
+
+    Raises:
+        ExportError: The graph is not as it was exported; names the node and says why.
+    """
+    _require_cache(model)
+    if all_logits:
+        expose_all_logits(model)
+    drop_function_bodies(model)
+    # A fair rival also reads its input once for both.
+    fuse_projections(model).require_all("join the projections of one input")
+    make_dense(model, max_seq_len=config.max_seq_len).require_all("make it dense")
     cast_graph(model, dtype)
     return model
 

@@ -62,16 +62,16 @@ def cast_graph(model: ir.Model, dtype: str) -> Rewrites:
         if value.dtype == F32 and any(wanted[use.node, use.idx] == target for use in value.uses()):
             value.type = ir.TensorType(target)
     for node in nodes:
-        for index, value in enumerate(node.outputs):
-            if value.dtype == F32 and _typed(node, index, _TYPED_OUTPUTS):
-                value.type = ir.TensorType(target)
+        for index, out in enumerate(node.outputs):
+            if out.dtype == F32 and _typed(node, index, _TYPED_OUTPUTS):
+                out.type = ir.TensorType(target)
                 done.matched.append(str(node.name))
     casts = _Casts(graph, target)
     for (node, index), dtype_wanted in wanted.items():
-        value = node.inputs[index]
-        assert value is not None
-        if value.dtype != dtype_wanted:
-            node.replace_input_with(index, casts.to(value, dtype_wanted))
+        read = node.inputs[index]
+        assert read is not None
+        if read.dtype != dtype_wanted:
+            node.replace_input_with(index, casts.to(read, dtype_wanted))
     _cast_logits(graph)
     drop_unused(graph)
     return done

@@ -65,13 +65,10 @@ def _mismatch(first: ir.Node, second: ir.Node | None, name: str) -> str | None:
     for node in (first, second):
         if len(node.inputs) > _NORM + 1 or "gated" in node.attributes:
             return f"{node.name!r} has a residual or gate already"
-    one, other = attributes_of(first), attributes_of(second)
     for attribute in ("eps", "activation"):
-        if one.get(attribute) != other.get(attribute):
-            return (
-                f"{second.name!r} has another {attribute}: {one.get(attribute)} and "
-                f"{other.get(attribute)}"
-            )
+        values = [attributes_of(node).get(attribute) for node in (first, second)]
+        if values[0] != values[1]:
+            return f"{second.name!r} has another {attribute}: {values[0]} and {values[1]}"
     return None
 
 

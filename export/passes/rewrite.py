@@ -92,7 +92,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: np.ndarray | ir.Tensor) 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
     """Return the node that reads a value, if it is the only one and no graph output is read."""
-    readers = value.uses()
+    readers = list(value.uses())
     if len(readers) != 1 or value.is_graph_output():
         return None
     return readers[0].node
