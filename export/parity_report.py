@@ -220,8 +220,11 @@ class RuntimeReport:
     @property
     def passed(self) -> bool:
         """Whether logits, every BitLinear and the generated texts agree."""
-        checks = (*self.logits, *self.bit_linears, *self.generation)
-        return all(check.passed for check in checks)
+        return (
+            all(agreement.passed for agreement in self.logits)
+            and all(layer.passed for layer in self.bit_linears)
+            and all(texts.passed for texts in self.generation)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from tinylm.directory import sha256
 from tinylm.errors import ExportError
 from tinylm.model import TinyLM
 from tinylm_export.logit_meter import LogitMeter
+from tinylm_export.manifest import EngineManifest
 from tinylm_export.parity_batch import (
     ParityBatch,
     layer_difference,
@@ -60,19 +61,15 @@ class TrtRuntime:
     """
 
     def __init__(self, engine: Path, directory: Path) -> None:
-        self.session = TrtSession(engine)
-        manifest = self.session.manifest
-        found = sha256(directory / ONNX_FILE)
-        if manifest.onnx_sha256 != found:
-            raise ExportError(
-                f"{engine} was built from an ONNX file with SHA-256 {manifest.onnx_sha256}, found "
-                f"{found} in {directory}. Build it again with `tinylm-export trt`."
-            )
+        manifest = EngineManifest.load(engine)
+        onnx = directory / ONNX_FILE
+        manifest.check_source(engine, onnx, sha256(onnx))
         if manifest.dense:
             raise ExportError(
                 f"{engine} is a --dense engine: it quantises no activations, so it says something "
                 "else on purpose. Only `tinylm-export bench` takes it."
             )
+        self.session = TrtSession(engine)
         self.name = f"TensorRT {engine.resolve().name}"
         self.longest_row = min(self.session.limits.capacity, self.session.limits.length)
         self.rows_at_once = min(_ROWS_AT_ONCE, self.session.limits.batch_size)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tinylm.directory import check_sums
 from tinylm.errors import ExportError
-from tinylm_export.manifest import MANIFEST_FILE, EngineManifest
+from tinylm_export import gpu_sdk
+from tinylm_export.manifest import ENGINE_FILE, MANIFEST_FILE, EngineManifest
 
-ENGINE_FILE = "model.engine"
+if TYPE_CHECKING:
+    from tinylm_export.native_gpu import PluginInfo
+
 _HINT = "Build the engine again with `tinylm-export trt DIR --out ENGINE_DIR`."
 _KEPT_MESSAGES = 5
 _loaded_plugins: set[Path] = set()
@@ -23,11 +27,13 @@ def import_tensorrt() -> Any:
 
     Raises:
         ExportError: They are not installed, or TensorRT's libraries are not found.
+        NativeToolError: TensorRT's libraries can't be loaded.
     """
+    gpu_sdk.load_tensorrt()  # the bindings' own search knows only the loader's folders
     reasons = []
     for name in ("tensorrt", "tensorrt_bindings"):
         try:
-            return __import__(name)
+            return importlib.import_module(name)
         except (ImportError, OSError) as error:
             reasons.append(f"{name}: {error}")
     raise ExportError(
@@ -52,7 +58,7 @@ def require_gpu() -> None:
 def make_logger(trt: Any) -> Any:
     """Return a TensorRT logger that keeps its last errors in ``messages`` and prints nothing."""
 
-    class KeepingLogger(trt.ILogger):  # type: ignore[misc]
+    class KeepingLogger(trt.ILogger):
         """Keeps errors, so that an exception can say them."""
 
         def __init__(self) -> None:
@@ -85,6 +91,7 @@ class TrtEngine:
         manifest: What was built, for which machine.
         engine: TensorRT's ``ICudaEngine``.
         logger: Keeps TensorRT's errors; ``last()`` returns them.
+        plugins: The plugin library that was loaded; None if the engine needs none beside it.
         trt: The module.
 
     Raises:
@@ -100,15 +107,23 @@ class TrtEngine:
             check_sums(directory, required=required, error=ExportError, hint=_HINT)
         self.trt = import_tensorrt()
         require_gpu()
-        plugins = self._plugin_library()
-        self.manifest.check(directory)
+        plugins = self._plugins()
+        major, minor = torch.cuda.get_device_capability()
+        self.manifest.check(
+            directory,
+            tensorrt_version=self.trt.__version__,
+            gpu=torch.cuda.get_device_name(),
+            compute_capability=f"{major}.{minor}",
+            plugin_version=None if plugins is None else plugins.version,
+        )
+        self.plugins = None if plugins is None else plugins.path
         self.logger = make_logger(self.trt)
         self._runtime = self.trt.Runtime(self.logger)
         if plugins is None:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            _load_plugins(self._runtime.get_plugin_registry(), plugins, self.logger)
+            _load_plugins(self._runtime.get_plugin_registry(), plugins.path, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -120,13 +135,13 @@ class TrtEngine:
                 f"{_HINT}"
             )
 
-    def _plugin_library(self) -> Path | None:
+    def _plugins(self) -> PluginInfo | None:
         """Return the library to load beside the engine; None if it needs none."""
         if self.manifest.dense or self.manifest.embedded_plugins:
             return None
-        from tinylm_export.native_gpu import plugin_library
+        from tinylm_export.native_gpu import describe_plugins
 
-        return plugin_library()
+        return describe_plugins()
 
 
 def _load_plugins(registry: Any, path: Path, logger: Any) -> None:

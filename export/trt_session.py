@@ -91,11 +91,12 @@ class TrtSession:
         cuda_graph: Whether decode steps become a CUDA graph; the results are the same.
 
     Attributes:
-        config: The model's.
+        config: The model's, with max_seq_len no larger than the engine takes.
         info: How the ONNX model was exported.
         manifest: What was built, for which machine.
         limits: The largest sizes that the engine takes.
         kernels: What runs the layers, as a text for people.
+        plugins: The plugin library that was loaded; None if the engine needs none beside it.
         all_logits: Whether steps give logits at every position.
         node_values: Values of marked nodes in the last step [B, S, width], by node name; empty for
             an engine without marked nodes.
@@ -112,7 +113,8 @@ class TrtSession:
         self.directory = Path(directory)
         self._loaded = TrtEngine(self.directory, verify=verify)
         self.manifest = self._loaded.manifest
-        self.config = ModelConfig.load(self.directory / "config.json")
+        self.plugins = self._loaded.plugins
+        model = ModelConfig.load(self.directory / "config.json")
         self.info = ExportInfo.load(self.directory)
         self._engine = engine = self._loaded.engine
         trt = self._loaded.trt
@@ -120,12 +122,14 @@ class TrtSession:
         self._dtypes = {name: _torch_dtype(trt, engine.get_tensor_dtype(name)) for name in names}
         outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         self._extra_outputs = [n for n in outputs if not n.startswith("present.")]
-        self._check_tensors(names)
+        self._check_tensors(names, model.num_layers)
         self.limits = EngineLimits(
             batch_size=self._maximum("input_ids", 0),
             capacity=self._maximum("past.0.latent", 1),
             length=self._maximum("input_ids", 1),
         )
+        # The context is what the engine takes, which may be less than the model does.
+        self.config = model.replace(max_seq_len=min(self.limits.capacity, model.max_seq_len))
         self.all_logits = len(engine.get_tensor_shape("logits")) == 3
         self.kernels = f"TensorRT {trt.__version__}, {self.manifest.describe()}"
         self.node_values: dict[str, Tensor] = {}
@@ -299,12 +303,12 @@ class TrtSession:
         _, _, largest = self._engine.get_tensor_profile_shape(name, PREFILL_PROFILE)
         return int(tuple(largest)[dimension])
 
-    def _check_tensors(self, names: list[str]) -> None:
+    def _check_tensors(self, names: list[str], num_layers: int) -> None:
         """Check that the engine is one of ours for the model of config.json."""
         parts = {
             f"{side}.{layer}.{part}"
             for side in ("past", "present")
-            for layer in range(self.config.num_layers)
+            for layer in range(num_layers)
             for part in ("latent", "scale", "rope")
         }
         expected = parts | {*_STATE_INPUTS, "logits"}
@@ -312,7 +316,7 @@ class TrtSession:
         if missing or self._engine.num_optimization_profiles != 2:
             raise ExportError(
                 f"{self.directory}: expected an engine with 2 profiles and {len(expected)} tensors "
-                f"for config.json's {self.config.num_layers} layers, found "
+                f"for config.json's {num_layers} layers, found "
                 f"{self._engine.num_optimization_profiles} profiles and {len(names)} tensors "
                 f"(missing: {', '.join(missing[:3]) or 'none'}). Build it again with "
                 "`tinylm-export trt`."
