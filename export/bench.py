@@ -22,7 +22,6 @@ import torch
 
 from tinylm.checkpoint import MODEL_FILE
 from tinylm.config import ModelConfig
-from tinylm.directory import sha256
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
 from tinylm_export.bench_report import BenchReport, BenchSettings, RuntimeResult, Spread, render
@@ -33,10 +32,11 @@ from tinylm_export.bench_worker import (
     WorkerSettings,
 )
 from tinylm_export.machine import describe_machine
-from tinylm_export.manifest import ENGINE_FILE, EngineManifest
+from tinylm_export.manifest import EngineManifest
 from tinylm_export.native import BUILD_COMMAND, NativeInfo, choose
 from tinylm_export.ort_session import import_onnxruntime
 from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
+from tinylm_export.trt_engine import ENGINE_FILE
 
 __all__ = ["BenchReport", "BenchSettings", "check_answers", "render", "run_bench"]
 
@@ -316,9 +316,8 @@ def check_engines(engines: Sequence[str | Path], directory: Path) -> dict[str, P
             one name.
     """
     found: dict[str, Path] = {}
-    digest = sha256(directory / ONNX_FILE) if engines else ""
     for path in map(Path, engines):
-        EngineManifest.load(path).check_source(path, directory / ONNX_FILE, digest)
+        EngineManifest.load(path).check_onnx(path, directory)
         name = f"{ENGINE_RUNTIME}:{path.resolve().name}"
         if name in found:
             raise ExportError(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tinylm.bitlinear import PackedBitLinear
-from tinylm.directory import sha256
 from tinylm.errors import ExportError
 from tinylm.model import TinyLM
 from tinylm_export.logit_meter import LogitMeter
@@ -29,7 +28,6 @@ from tinylm_export.parity_report import (
     LogitLimits,
     RuntimeReport,
 )
-from tinylm_export.to_onnx import ONNX_FILE
 from tinylm_export.tolerances import limit
 from tinylm_export.trt_session import TrtSession
 
@@ -62,8 +60,7 @@ class TrtRuntime:
 
     def __init__(self, engine: Path, directory: Path) -> None:
         manifest = EngineManifest.load(engine)
-        onnx = directory / ONNX_FILE
-        manifest.check_source(engine, onnx, sha256(onnx))
+        manifest.check_onnx(engine, directory)
         if manifest.dense:
             raise ExportError(
                 f"{engine} is a --dense engine: it quantises no activations, so it says something "

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tinylm.directory import check_sums
 from tinylm.errors import ExportError
 from tinylm_export import gpu_sdk
-from tinylm_export.manifest import ENGINE_FILE, MANIFEST_FILE, EngineManifest
+from tinylm_export.manifest import MANIFEST_FILE, EngineManifest
 
-if TYPE_CHECKING:
-    from tinylm_export.native_gpu import PluginInfo
-
+ENGINE_FILE = "model.engine"
 _HINT = "Build the engine again with `tinylm-export trt DIR --out ENGINE_DIR`."
 _KEPT_MESSAGES = 5
 _loaded_plugins: set[Path] = set()
@@ -105,25 +103,16 @@ class TrtEngine:
         if verify:
             required = (ENGINE_FILE, MANIFEST_FILE, "config.json")
             check_sums(directory, required=required, error=ExportError, hint=_HINT)
+        self.manifest.check(directory)
         self.trt = import_tensorrt()
-        require_gpu()
-        plugins = self._plugins()
-        major, minor = torch.cuda.get_device_capability()
-        self.manifest.check(
-            directory,
-            tensorrt_version=self.trt.__version__,
-            gpu=torch.cuda.get_device_name(),
-            compute_capability=f"{major}.{minor}",
-            plugin_version=None if plugins is None else plugins.version,
-        )
-        self.plugins = None if plugins is None else plugins.path
+        self.plugins = self._plugin_library()
         self.logger = make_logger(self.trt)
         self._runtime = self.trt.Runtime(self.logger)
-        if plugins is None:
+        if self.plugins is None:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            _load_plugins(self._runtime.get_plugin_registry(), plugins.path, self.logger)
+            _load_plugins(self._runtime.get_plugin_registry(), self.plugins, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -135,13 +124,13 @@ class TrtEngine:
                 f"{_HINT}"
             )
 
-    def _plugins(self) -> PluginInfo | None:
+    def _plugin_library(self) -> Path | None:
         """Return the library to load beside the engine; None if it needs none."""
         if self.manifest.dense or self.manifest.embedded_plugins:
             return None
-        from tinylm_export.native_gpu import describe_plugins
+        from tinylm_export.native_gpu import plugin_library
 
-        return describe_plugins()
+        return plugin_library()
 
 
 def _load_plugins(registry: Any, path: Path, logger: Any) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tinylm.directory import sha256, write_checksums
-from tinylm_export.manifest import ENGINE_FILE, FORMAT_VERSION, MANIFEST_FILE, EngineManifest
-from tinylm_export.to_onnx import EXPORT_FILE, ONNX_FILE
+from tinylm_export.manifest import MANIFEST_FILE, EngineManifest
+from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE
+from tinylm_export.trt_engine import ENGINE_FILE
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT TESTED: there is no CUDA device"
@@ -23,21 +24,26 @@ needs_gpu = pytest.mark.skipif(
 def make_manifest(onnx: Path, **changes: Any) -> EngineManifest:
     """Describe an engine of an exported directory, for a machine that there is not."""
     values = {
-        "format_version": FORMAT_VERSION,
+        "tinylm_version": "0.1.0",
         "tensorrt_version": "10.6.0",
         "gpu": "NVIDIA H100 80GB HBM3",
         "compute_capability": "9.0",
         "plugin_version": "0.1.0",
         "embedded_plugins": False,
-        "onnx_sha256": sha256(onnx / ONNX_FILE),
+        "dense": False,
         "dtype": "fp32",
         "activation": "int8",
-        "dense": False,
         "all_logits": False,
         "max_batch_size": 4,
         "max_seq_len": 64,
+        "profiles": {},
+        "marked_nodes": [],
+        "onnx_sha256": sha256(onnx / ONNX_FILE),
+        "onnx_data_sha256": sha256(onnx / DATA_FILE),
+        "engine_sha256": "0" * 64,
+        "engine_bytes": 900,
     }
-    return EngineManifest(**(values | changes))
+    return EngineManifest(**(values | changes))  # type: ignore[arg-type]
 
 
 def make_engine_directory(onnx: Path, out: Path, **changes: Any) -> Path:

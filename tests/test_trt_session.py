@@ -17,8 +17,8 @@ from torch import Tensor
 from tinylm import TinyLM
 from tinylm.errors import ExportError
 from tinylm.generate import TorchSession, stream
-from tinylm_export.manifest import ENGINE_FILE, MANIFEST_FILE
-from tinylm_export.trt_engine import require_gpu
+from tinylm_export.manifest import MANIFEST_FILE
+from tinylm_export.trt_engine import ENGINE_FILE, require_gpu
 from tinylm_export.trt_session import TrtSession
 
 gpu = [pytest.mark.gpu, needs_gpu]
