@@ -25,7 +25,8 @@ LIBRARY_NAME = "libtinylm_ort.dylib" if sys.platform == "darwin" else "libtinylm
 BUILD_COMMAND = "tinylm-export native build"
 BODIES = "function bodies in standard ops"
 # Where a library may lie in its folder: installed, or in the build tree of a CMake preset.
-_IN_FOLDER = ("lib", "lib64", ".", "ort_ops")
+INSTALL_FOLDERS = ("lib", "lib64", ".")
+_IN_FOLDER = (*INSTALL_FOLDERS, "ort_ops")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -110,8 +111,12 @@ def find_library() -> Path | None:
 
 
 def _in_folder(folder: Path) -> Path | None:
-    """Return the newest library in a folder: whoever built last is the one to be used."""
-    paths = [folder / part / LIBRARY_NAME for part in _IN_FOLDER]
+    return newest_in_folder(folder, LIBRARY_NAME, _IN_FOLDER)
+
+
+def newest_in_folder(folder: Path, name: str, parts: Iterable[str]) -> Path | None:
+    """Return the newest library in parts of a folder: whoever built last is the one to be used."""
+    paths = [folder / part / name for part in parts]
     # In whole seconds: CMake installs a copy with the time of the original, cut to that.
     return max(
         filter(Path.is_file, paths), key=lambda path: int(path.stat().st_mtime), default=None

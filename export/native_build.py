@@ -1,4 +1,4 @@
-"""Build the native library with CMake, from the sources of a checkout or of the wheel."""
+"""Build the native libraries with CMake, from the sources of a checkout or of the wheel."""
 
 from __future__ import annotations
 
@@ -13,31 +13,40 @@ from pathlib import Path
 from typing import TextIO
 
 from tinylm.errors import NativeError, NativeToolError
-from tinylm_export import native
+from tinylm_export import native, native_gpu
 from tinylm_export.file_lock import locked
+from tinylm_export.gpu_sdk import GpuSdk, find_sdk, library_in
+from tinylm_export.gpu_sdk_fetch import complete_sdk
 from tinylm_export.native_sdk import header_dir, runtime_library
 
 LOG_FILE = "build.log"
 _LOG_TAIL_LINES = 15
 _COMPILERS = ("c++", "g++", "clang++")
 _STEP = re.compile(r"^\[(\d+)/(\d+)\] ")  # Ninja's
+_CACHED_NVCC = re.compile(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", re.MULTILINE)
 
 Progress = Callable[[str, float], None]
 
 
 def build(
-    folder: Path | None = None, *, progress: Progress = lambda text, fraction: None
+    folder: Path | None = None,
+    *,
+    sdk: GpuSdk | None = None,
+    cuda_tests: bool = False,
+    progress: Progress = lambda text, fraction: None,
 ) -> native.NativeInfo:
-    """Fetch ONNX Runtime's header, then configure, build and install the library.
+    """Fetch ONNX Runtime's header, then configure, build and install the libraries.
 
     A second build only compiles what has changed.
 
     Args:
         folder: Build tree and place of the library; default :func:`native.build_folder`.
+        sdk: What TensorRT's plugins are built with too; None to leave them out.
+        cuda_tests: Whether to build the library of CUDA kernels for the tests too.
         progress: Told what is done and how much of it, 0 to 1.
 
     Returns:
-        The library, loaded in a process of its own to prove that it works.
+        The library for ONNX Runtime, loaded in a process of its own to prove that it works.
 
     Raises:
         NativeToolError: CMake, Ninja, a C++ compiler or the header is missing; says how to get it.
@@ -63,7 +72,10 @@ def build(
         *("-D", f"ONNXRUNTIME_LIBRARY={runtime_library() or ''}"),
         *("-D", "CMAKE_BUILD_TYPE=Release"),
         *("-D", f"CMAKE_INSTALL_PREFIX={folder}", "-D", "CMAKE_INSTALL_LIBDIR=lib"),
+        *_gpu_options(sdk, cuda_tests=cuda_tests),
     ]
+    if sdk is not None and sdk.nvcc is not None:
+        _forget_other_nvcc(folder, sdk.nvcc.path)
     if not (folder / "CMakeCache.txt").exists():  # CMake keeps the first compiler of a build tree
         configure += ["-D", f"CMAKE_CXX_COMPILER={compiler}"]
     with locked(folder), (folder / LOG_FILE).open("w", encoding="utf-8") as log:
@@ -74,12 +86,59 @@ def build(
         }.items():
             _run(name, command, log_path=folder / LOG_FILE, log=log, progress=progress)
     path = folder / "lib" / native.LIBRARY_NAME
-    if not path.is_file():
-        raise NativeError(
-            f"the build ended well and made no {path}. See {folder / LOG_FILE}, or delete {folder} "
-            "and build again."
-        )
+    for made in (path, folder / "lib" / native_gpu.LIBRARY_NAME)[: 2 if sdk else 1]:
+        if not made.is_file():
+            raise NativeError(
+                f"the build ended well and made no {made}. See {folder / LOG_FILE}, or delete "
+                f"{folder} and build again."
+            )
     return _describe_elsewhere(path)
+
+
+def choose_sdk(gpu: bool | None, progress: Progress = lambda text, fraction: None) -> GpuSdk | None:
+    """Choose what the plugins are built with.
+
+    Args:
+        gpu: None for what is on this machine, True to fetch what is missing, False for nothing.
+        progress: Told what is fetched and how much of it, 0 to 1.
+
+    Returns:
+        The SDK, or None to leave the plugins out.
+
+    Raises:
+        NativeError: A part is needed and missing, or a variable names what can't be used.
+    """
+    if gpu is False:
+        return None
+    sdk = find_sdk()
+    if gpu and not sdk.can_build:
+        return complete_sdk(progress)
+    return sdk if sdk.can_build else None
+
+
+def _gpu_options(sdk: GpuSdk | None, *, cuda_tests: bool) -> list[str]:
+    """Return CMake's options for the GPU's part."""
+    switch = "OFF" if sdk is None else "ON"
+    values = {"TINYLM_CUDA": switch, "TINYLM_TENSORRT": switch}
+    values["TINYLM_CUDA_TESTS"] = "ON" if cuda_tests else "OFF"
+    if sdk is not None:
+        assert sdk.nvcc is not None and sdk.headers is not None
+        library = library_in(sdk.libraries) if sdk.libraries else None
+        values["TINYLM_NVCC"] = str(sdk.nvcc.path)
+        values["TINYLM_TENSORRT_HEADER_DIR"] = str(sdk.headers)
+        values["TINYLM_TENSORRT_LIBRARY"] = str(library or "TINYLM_TENSORRT_LIBRARY-NOTFOUND")
+    return [part for name, value in values.items() for part in ("-D", f"{name}={value}")]
+
+
+def _forget_other_nvcc(folder: Path, nvcc: Path) -> None:
+    """Drop what CMake remembers of another CUDA compiler: it can't change one in a build tree."""
+    cache = folder / "CMakeCache.txt"
+    if not cache.is_file():
+        return
+    found = _CACHED_NVCC.search(cache.read_text(encoding="utf-8", errors="replace"))
+    if found and Path(found[1]).resolve() != nvcc.resolve():
+        cache.unlink()
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
 
 
 def find_tool(name: str) -> str:

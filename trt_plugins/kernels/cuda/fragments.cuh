@@ -53,16 +53,28 @@ __device__ inline uint4 load_weights(const std::uint8_t* p) {
   return v;
 }
 
-/// Code -1, 0 or 1 at (row, column) of packed weights.
-__device__ inline int code_at(const std::uint8_t* weight, int row, int column, int num_blocks) {
-  const int in_row = row % 16, in_block = column % kBlockInputs, in_word = in_block % 32;
-  const int lane = in_row % 8 * 4 + in_word % 16 / 4;
-  const int i = in_row / 8 + in_word / 16 * 2;
-  const std::int64_t block =
-      static_cast<std::int64_t>(row / 16) * num_blocks + column / kBlockInputs;
-  const std::uint8_t byte =
-      weight[block * kWeightBlockBytes + lane * 16 + in_block / 32 * 4 + in_word % 4];
-  return (byte >> (2 * i) & 3) - 1;
+/// Where a row's or a column's part of an address is among packed weights: a code's byte lies at the
+/// sum of both offsets, its bits at the sum of both shifts.
+struct CodePart {
+  std::int64_t offset;
+  int shift;
+};
+
+__device__ inline CodePart code_row(int row, int num_blocks) {
+  return {static_cast<std::int64_t>(row / 16) * num_blocks * kWeightBlockBytes + row % 8 * 64,
+          row % 16 / 8 * 2};
+}
+
+__device__ inline CodePart code_column(int column) {
+  const int in_block = column % kBlockInputs, in_word = in_block % 32;
+  return {column / kBlockInputs * kWeightBlockBytes + in_word % 16 / 4 * 16 + in_block / 32 * 4 +
+              in_word % 4,
+          in_word / 16 * 4};
+}
+
+/// Code -1, 0 or 1.
+__device__ inline int code_at(const std::uint8_t* weight, CodePart row, CodePart column) {
+  return (weight[row.offset + column.offset] >> (row.shift + column.shift) & 3) - 1;
 }
 
 }  // namespace tinylm::cuda

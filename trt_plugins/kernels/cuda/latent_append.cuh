@@ -7,7 +7,7 @@
 
 namespace tinylm::cuda {
 
-inline constexpr int kAppendThreads = 128;
+inline constexpr int kAppendThreads = 256;
 
 /// Rotary frequencies, float32 as in tinylm/latent_attention.py.
 struct Frequencies {
@@ -74,14 +74,12 @@ __device__ inline void rotate_pair(const T* x, T* y, int half, int i, float cosi
   y[i + half] = from_wide<T>(second * cosine + first * sine);
 }
 
-/// Norms, quantises and stores the latent and the rotated key of one new token a thread block.
-/// Shared memory: float [R]. angles: float2 [B * S, P / 2] or nullptr.
+/// Norms, quantises and stores the latent and the rotated key of one new token.
+/// @param row Shared memory, float [R].
+/// @param angles float2 [B * S, P / 2] to fill, or nullptr.
 template <typename T>
-__global__ void __launch_bounds__(kAppendThreads)
-    latent_append(LatentArgs<T> args, std::int64_t first_token, float2* angles) {
-  extern __shared__ __align__(16) float row_memory[];
-  const std::int64_t token = first_token + blockIdx.x;
-  const NewToken t = new_token(args, token);
+__device__ inline void append_token(const LatentArgs<T>& args, std::int64_t token,
+                                    const NewToken& t, float* row, float2* angles) {
   const int half = args.rope_dim / 2;
   const T* kv = args.qkv + token * args.width + args.num_heads * args.qk_dim();
   const std::int64_t slot = static_cast<std::int64_t>(t.b) * args.capacity + t.position;
@@ -96,14 +94,24 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (!t.valid || !t.fits) return;
   const RowSource<T> source{kv, args.norm_weight, args.eps, args.rank, false};
   const RowScale scale = quantize_row<kAppendThreads, Activation::kInt8>(
-      source, row_memory, args.rank, [&](int, int column, std::uint32_t word) {
+      source, row, args.rank, [&](int, int column, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(args.latent + slot * args.rank + column) = word;
       });
   if (threadIdx.x == 0) args.scale[slot] = scale.s;
 }
 
-/// Takes one head's query of one new token into the latent space: W_uk^T q_nope, then the rotated
-/// part as it is. Grid: tokens x heads. out: wide [tokens, H, R + P].
+/// Appends one new token a thread block. Shared memory: float [R].
+template <typename T>
+__global__ void __launch_bounds__(kAppendThreads)
+    latent_append(LatentArgs<T> args, float2* angles) {
+  extern __shared__ __align__(16) float row_memory[];
+  append_token(args, blockIdx.x, new_token(args, blockIdx.x), row_memory, angles);
+}
+
+/// Appends new tokens and takes their queries into the latent space: W_uk^T q_nope, then the
+/// rotated part as it is. Grid: tokens x (heads + 1); the last one appends.
+/// Shared memory: the larger of float [R] and wide [nope] with T [P].
+/// @param out wide [tokens, H, R + P].
 template <typename T>
 __global__ void __launch_bounds__(kAppendThreads)
     latent_absorb(LatentArgs<T> args, std::int64_t first_token, wide_t<T>* out) {
@@ -111,8 +119,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   extern __shared__ __align__(16) unsigned char memory[];
   const std::int64_t token = first_token + blockIdx.x;
   const NewToken t = new_token(args, token);
-  if (!t.valid) return;
   const int head = blockIdx.y;
+  if (head == args.num_heads) {
+    append_token(args, token, t, reinterpret_cast<float*>(memory), nullptr);
+    return;
+  }
+  if (!t.valid) return;
   const int row_width = args.rank + args.rope_dim;
   const T* q = args.qkv + token * args.width + head * args.qk_dim();
   W* row = out + (static_cast<std::int64_t>(blockIdx.x) * args.num_heads + head) * row_width;
@@ -130,9 +142,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
   __syncthreads();
   for (int r = threadIdx.x; r < args.rank; r += kAppendThreads) {
+    const CodePart column = code_column(r);
     W sum = 0;
+#pragma unroll 8
     for (int d = 0; d < args.nope_dim; ++d) {
-      sum += scaled[d] * static_cast<W>(code_at(args.kv_b, first_row + d, r, args.kv_b_blocks()));
+      const CodePart code = code_row(first_row + d, args.kv_b_blocks());
+      sum += scaled[d] * static_cast<W>(code_at(args.kv_b, code, column));
     }
     row[r] = sum;
   }

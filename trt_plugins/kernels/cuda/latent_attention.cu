@@ -79,11 +79,12 @@ template <typename T>
 cudaError_t append(const LatentArgs<T>& args, std::int64_t batch, float2* angles,
                    cudaStream_t stream) {
   latent_append<T><<<static_cast<unsigned>(batch * args.length), kAppendThreads,
-                     args.rank * sizeof(float), stream>>>(args, 0, angles);
+                     args.rank * sizeof(float), stream>>>(args, angles);
   return cudaGetLastError();
 }
 
-/// Attends in the latent space, slice by slice of the new tokens.
+/// Appends and attends in the latent space, slice by slice of the new tokens: a token sees none of a
+/// later slice.
 template <typename T>
 cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>& args,
                           std::int64_t batch, void* workspace, cudaStream_t stream) {
@@ -97,19 +98,21 @@ cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>
   const DecodeMemory<W> sizes{args.rank, args.rope_dim};
   const auto kernel = args.rank <= 256 ? latent_attend<1, T> : latent_attend<2, T>;
   if (const auto error = allow_shared_memory(kernel, sizes.bytes())) return error;
-  const auto absorb_bytes = args.nope_dim * sizeof(W) + args.rope_dim * sizeof(T);
+  const auto absorb_bytes = std::max(args.rank * sizeof(float),
+                                     args.nope_dim * sizeof(W) + args.rope_dim * sizeof(T));
   const auto heads = static_cast<unsigned>(args.num_heads);
   const std::int64_t tokens = batch * args.length;
   for (std::int64_t first = 0; first < tokens; first += kSliceTokens) {
     const auto count = static_cast<unsigned>(std::min(kSliceTokens, tokens - first));
     const ChunkLayout layout = chunk_layout(shape, count, args.capacity);
-    latent_absorb<T><<<dim3(count, heads), kAppendThreads, absorb_bytes, stream>>>(args, first,
-                                                                                  query);
+    latent_absorb<T><<<dim3(count, heads + 1), kAppendThreads, absorb_bytes, stream>>>(args, first,
+                                                                                      query);
     const dim3 grid(count, static_cast<unsigned>(layout.num_chunks),
                     static_cast<unsigned>(head_groups(shape)));
     kernel<<<grid, kDecodeThreads, sizes.bytes(), stream>>>(args, first, layout, query, sums,
                                                             stats);
-    latent_combine<T><<<dim3(count, heads), kDecodeThreads, args.rank * sizeof(W), stream>>>(
+    const auto combine_bytes = (args.rank + layout.num_chunks) * sizeof(W);
+    latent_combine<T><<<dim3(count, heads), kDecodeThreads, combine_bytes, stream>>>(
         args, first, layout, sums, stats);
     if (const auto error = cudaGetLastError()) return error;
   }
@@ -186,11 +189,12 @@ cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<
     const std::int64_t m = rows * args.capacity, slot = b * args.capacity;
     const QuantizedRows arranged =
         cut_workspace(memory + parts.arranged, m, args.rank, Activation::kInt8);
-    arrange_rows<32><<<static_cast<unsigned>(m), 32, 0, stream>>>(
-        args.latent + slot * args.rank, args.scale + slot, args.rank, args.kv_b_blocks(), arranged,
-        args.past_lens + b, args.seq_lens + b, args.capacity);
-    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
     const RowLimits limits{args.past_lens + b, args.seq_lens + b, args.capacity};
+    if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
+                                          args.rank, arranged, limits, stream)) {
+      return error;
+    }
+    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
     if (const auto error = launch_product<Activation::kInt8>(
             {arranged, args.kv_b, m, args.rank, limits}, out, stream)) {
       return error;
@@ -209,7 +213,6 @@ cudaError_t run(const LatentAttentionShape& shape, const LatentAttentionParams& 
       return attend_expanded(shape, args, p.batch, workspace, stream);
     }
   }
-  if (const auto error = append<T>(args, p.batch, nullptr, stream)) return error;
   return attend_latent(shape, args, p.batch, workspace, stream);
 }
 

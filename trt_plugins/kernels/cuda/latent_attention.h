@@ -34,20 +34,20 @@ struct LatentAttentionShape {
 
 /// Arguments of latent_attention(). Device pointers, aligned to 16 bytes. Rows are right-padded.
 struct LatentAttentionParams {
-  DataType type = DataType::kFloat;          ///< of qkv, rope and y
-  std::int64_t batch = 0;                    ///< B
-  std::int64_t length = 0;                   ///< S, new tokens of a row with padding
-  std::int64_t capacity = 0;                 ///< C
-  const void* qkv = nullptr;                 ///< [B, S, H * (nope + P) + R + P]
-  const float* norm_weight = nullptr;        ///< [R]
-  const std::uint8_t* kv_b = nullptr;        ///< packed codes [H * (nope + Dv), R]
-  const float* kv_b_scale = nullptr;         ///< [H * (nope + Dv)]
-  const std::int32_t* past_lens = nullptr;   ///< [B]
-  const std::int32_t* seq_lens = nullptr;    ///< [B], 0 .. S
-  std::int8_t* latent = nullptr;             ///< [B, C, R], past in, present out
-  float* scale = nullptr;                    ///< [B, C]
-  void* rope = nullptr;                      ///< [B, C, P]
-  void* y = nullptr;                         ///< [B, S, H * Dv], zeros past seq_lens
+  DataType type = DataType::kFloat;         ///< of qkv, rope and y
+  std::int64_t batch = 0;                   ///< B
+  std::int64_t length = 0;                  ///< S, new tokens of a row with padding
+  std::int64_t capacity = 0;                ///< C
+  const void* qkv = nullptr;                ///< [B, S, H * (nope + P) + R + P]
+  const float* norm_weight = nullptr;       ///< [R]
+  const std::uint8_t* kv_b = nullptr;       ///< packed codes [H * (nope + Dv), R]
+  const float* kv_b_scale = nullptr;        ///< [H * (nope + Dv)]
+  const std::int32_t* past_lens = nullptr;  ///< [B]
+  const std::int32_t* seq_lens = nullptr;   ///< [B], 0 .. S
+  std::int8_t* latent = nullptr;            ///< [B, C, R], past in, present out
+  float* scale = nullptr;                   ///< [B, C]
+  void* rope = nullptr;                     ///< [B, C, P]
+  void* y = nullptr;                        ///< [B, S, H * Dv], zeros past seq_lens
 };
 
 /// Why a shape can't be run, or nullptr where it can.

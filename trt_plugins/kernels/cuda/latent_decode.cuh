@@ -10,6 +10,7 @@ namespace tinylm::cuda {
 inline constexpr int kDecodeThreads = 256;
 inline constexpr int kDecodeTokens = 64;  // of one tile
 inline constexpr int kDecodeHeads = 16;   // of one thread block
+inline constexpr int kWeightStride = 20;  // of a token's weights, padded against bank conflicts
 
 /// Sizes of the parts that latent_attend() leaves for latent_combine().
 struct ChunkLayout {
@@ -24,17 +25,32 @@ struct DecodeMemory {
   // Rows of the latents are padded by a word against bank conflicts.
   __host__ __device__ int latent_stride() const { return rank + 4; }
   __host__ __device__ int query_stride() const { return rank + rope_dim + 4; }
-  __host__ __device__ int rope_stride() const { return rope_dim + 1; }
+  __host__ __device__ int rope_stride() const { return rope_dim + 1; }  // 64 rows: aligned
   __host__ __device__ std::int64_t bytes() const {
     const std::int64_t wide = kDecodeHeads * query_stride() + kDecodeTokens * rope_stride() +
-                              kDecodeHeads * (kDecodeTokens + 1) + kDecodeTokens +
+                              kDecodeTokens * kWeightStride + kDecodeTokens +
                               3 * kDecodeHeads;
     return wide * static_cast<std::int64_t>(sizeof(W)) + kDecodeTokens * latent_stride();
   }
 };
 
+/// Loads four values; p is aligned to 16 bytes.
+template <typename W>
+__device__ inline void load_wide(const W* p, W (&out)[4]) {
+  constexpr int kPieces = 4 * sizeof(W) / 16;
+  uint4 raw[kPieces];
+  for (int i = 0; i < kPieces; ++i) raw[i] = reinterpret_cast<const uint4*>(p)[i];
+  memcpy(out, raw, sizeof(raw));
+}
+
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float exponential(float x) { return expf(x); }
+
+/// The larger one, or not-a-number if one of them is that, as in PyTorch.
+template <typename W>
+__device__ inline W larger(W a, W b) {
+  return a > b || a != a ? a : b;
+}
 
 /// Grid: tokens x chunks x groups of heads. kPasses: R / 256, rounded up.
 /// @param query wide [tokens, H, R + P] of latent_absorb().
@@ -58,8 +74,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
   extern __shared__ __align__(16) unsigned char memory[];
   W* q = reinterpret_cast<W*>(memory);                             // [heads][R + P]
   W* rope = q + kDecodeHeads * sizes.query_stride();               // [tokens][P]
-  W* weights = rope + kDecodeTokens * sizes.rope_stride();         // [heads][tokens]
-  W* inverse = weights + kDecodeHeads * (kDecodeTokens + 1);       // [tokens] 1 / s
+  W* weights = rope + kDecodeTokens * sizes.rope_stride();         // [tokens][heads]
+  W* inverse = weights + kDecodeTokens * kWeightStride;            // [tokens] 1 / s
   W* largest = inverse + kDecodeTokens;                            // [heads]
   W* total = largest + kDecodeHeads;                               // [heads]
   W* keep = total + kDecodeHeads;                                  // [heads]
@@ -116,7 +132,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
           const char4 c = *reinterpret_cast<const char4*>(
               latent + (row + 32 * u) * sizes.latent_stride() + 4 * quad);
           for (int v = 0; v < 2; ++v) {
-            const W* qv = q + (h + v) * sizes.query_stride() + 4 * quad;
+            W qv[4];
+            load_wide(q + (h + v) * sizes.query_stride() + 4 * quad, qv);
             score[v][u] += qv[0] * static_cast<W>(c.x) + qv[1] * static_cast<W>(c.y);
             score[v][u] += qv[2] * static_cast<W>(c.z) + qv[3] * static_cast<W>(c.w);
           }
@@ -130,36 +147,28 @@ __global__ void __launch_bounds__(kDecodeThreads)
           }
         }
       }
-      for (int u = 0; u < 2; ++u) {
-        for (int v = 0; v < 2; ++v) {
+      // The warp has all scores of its two heads.
+      for (int v = 0; v < 2; ++v) {
+        for (int u = 0; u < 2; ++u) {
           const W value = (score[v][u] * inverse[row + 32 * u] + score_rope[v][u]) *
                           static_cast<W>(args.softmax_scale);
-          weights[(h + v) * (kDecodeTokens + 1) + row + 32 * u] =
-              row + 32 * u < count ? value : static_cast<W>(-INFINITY);
-        }
-      }
-      __syncwarp();
-      // The warp that made two heads' scores turns them into weights.
-      for (int v = 0; v < 2; ++v) {
-        W* scores = weights + (h + v) * (kDecodeTokens + 1);
-        W most = scores[row] > scores[row + 32] ? scores[row] : scores[row + 32];
-        for (int offset = 16; offset > 0; offset /= 2) {
-          const W other = __shfl_xor_sync(0xffffffffU, most, offset);
-          // Not-a-number stays, as in PyTorch.
-          most = other > most || other != other ? other : most;
+          score[v][u] = row + 32 * u < count ? value : static_cast<W>(-INFINITY);
         }
         const W before = largest[h + v];
-        most = most > before || most != most ? most : before;
+        W most = larger(larger(score[v][0], score[v][1]), before);
+        for (int offset = 16; offset > 0; offset /= 2) {
+          most = larger(most, __shfl_xor_sync(0xffffffffU, most, offset));
+        }
         W sum = 0;
         for (int u = 0; u < 2; ++u) {
-          const W weight = exponential(scores[row + 32 * u] - most);
+          const W weight = exponential(score[v][u] - most);
           sum += weight;
-          scores[row + 32 * u] = weight * inverse[row + 32 * u];
+          weights[(row + 32 * u) * kWeightStride + h + v] = weight * inverse[row + 32 * u];
         }
         for (int offset = 16; offset > 0; offset /= 2) {
           sum += __shfl_xor_sync(0xffffffffU, sum, offset);
         }
-        __syncwarp();
+        __syncwarp();  // every lane has read the largest score so far
         if (row == 0) {
           keep[h + v] = exponential(before - most);
           total[h + v] = total[h + v] * keep[h + v] + sum;
@@ -180,12 +189,12 @@ __global__ void __launch_bounds__(kDecodeThreads)
       for (int row = 0; row < count; ++row) {
         const char4 c =
             *reinterpret_cast<const char4*>(latent + row * sizes.latent_stride() + 4 * quad);
+        W weight[kHeadsAtOnce];
+        load_wide(weights + row * kWeightStride + h, weight);
+        const W latents[4] = {static_cast<W>(c.x), static_cast<W>(c.y), static_cast<W>(c.z),
+                              static_cast<W>(c.w)};
         for (int v = 0; v < kHeadsAtOnce; ++v) {
-          const W weight = weights[(h + v) * (kDecodeTokens + 1) + row];
-          acc[pass][v][0] += weight * static_cast<W>(c.x);
-          acc[pass][v][1] += weight * static_cast<W>(c.y);
-          acc[pass][v][2] += weight * static_cast<W>(c.z);
-          acc[pass][v][3] += weight * static_cast<W>(c.w);
+          for (int j = 0; j < 4; ++j) acc[pass][v][j] += weight[v] * latents[j];
         }
       }
     }
@@ -211,7 +220,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
 }
 
 /// Combines the chunks of one token and head and up-projects: y = W_uv . sum. Grid: tokens x heads.
-/// Shared memory: wide [R].
+/// Shared memory: wide [R + chunks].
 template <typename T>
 __global__ void __launch_bounds__(kDecodeThreads)
     latent_combine(LatentArgs<T> args, std::int64_t first_token, ChunkLayout layout,
@@ -233,20 +242,19 @@ __global__ void __launch_bounds__(kDecodeThreads)
     return (static_cast<std::int64_t>(blockIdx.x) * layout.num_chunks + chunk) * args.num_heads +
            head;
   };
+  W* factors = combined + args.rank;  // [chunks]
   W largest = -INFINITY;
-  for (int c = 0; c < used; ++c) {
-    const W most = stats[2 * at(c)];
-    largest = most > largest || most != most ? most : largest;
+  for (int c = 0; c < used; ++c) largest = larger(stats[2 * at(c)], largest);
+  for (int c = threadIdx.x; c < used; c += kDecodeThreads) {
+    factors[c] = exponential(stats[2 * at(c)] - largest);
   }
+  __syncthreads();
   W total = 0;
-  for (int c = 0; c < used; ++c) {
-    total += stats[2 * at(c) + 1] * exponential(stats[2 * at(c)] - largest);
-  }
+  for (int c = 0; c < used; ++c) total += stats[2 * at(c) + 1] * factors[c];
   for (int r = threadIdx.x; r < args.rank; r += kDecodeThreads) {
     W sum = 0;
-    for (int c = 0; c < used; ++c) {
-      sum += sums[at(c) * args.rank + r] * exponential(stats[2 * at(c)] - largest);
-    }
+#pragma unroll 8
+    for (int c = 0; c < used; ++c) sum += sums[at(c) * args.rank + r] * factors[c];
     combined[r] = sum / total;
   }
   __syncthreads();
@@ -254,10 +262,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int first_row = head * (args.nope_dim + args.value_dim) + args.nope_dim;
   const int lane = threadIdx.x % 32;
   for (int j = threadIdx.x / 32; j < args.value_dim; j += kDecodeThreads / 32) {
+    const CodePart row = code_row(first_row + j, args.kv_b_blocks());
     W sum = 0;
+#pragma unroll 8
     for (int r = lane; r < args.rank; r += 32) {
-      sum += combined[r] *
-             static_cast<W>(code_at(args.kv_b, first_row + j, r, args.kv_b_blocks()));
+      sum += combined[r] * static_cast<W>(code_at(args.kv_b, row, code_column(r)));
     }
     for (int offset = 16; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(0xffffffffU, sum, offset);

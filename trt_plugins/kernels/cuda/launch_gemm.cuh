@@ -9,8 +9,6 @@
 
 namespace tinylm::cuda {
 
-inline constexpr std::int64_t kMaxGemvRows = 32;
-
 /// Lets a kernel have `bytes` of shared memory, where that is more than every kernel may have.
 template <typename Kernel>
 cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
@@ -19,6 +17,16 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes));
+}
+
+/// Brings int8 rows [m, k] into the order of fragments.
+inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,
+                                  std::int64_t k, const QuantizedRows& out, const RowLimits& limits,
+                                  cudaStream_t stream) {
+  arrange_rows<<<static_cast<unsigned>(m), kArrangeThreads, 0, stream>>>(
+      q, s, static_cast<int>(k), static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs), out,
+      limits);
+  return cudaGetLastError();
 }
 
 /// One product: m quantised rows with n packed outputs.
@@ -47,7 +55,8 @@ cudaError_t launch_tile(const Product& p, const Output<Y>& out, cudaStream_t str
 template <int kTiles, Activation kActivation, typename Y>
 cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
   const GemvWeights weights{p.weight, static_cast<int>(round_up(p.k, kBlockInputs) / kBlockInputs)};
-  const auto blocks = static_cast<unsigned>((out.n + 15) / 16);
+  const dim3 blocks(static_cast<unsigned>((out.n + 15) / 16),
+                    static_cast<unsigned>((p.m + 8 * kTiles - 1) / (8 * kTiles)));
   ternary_gemv<kActivation, kTiles, Y><<<blocks, kGemvThreads, 0, stream>>>(
       p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, weights, out,
       static_cast<int>(p.m));
@@ -59,14 +68,17 @@ cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t str
 /// Enqueues the product.
 template <Activation kActivation, typename Y>
 cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t stream) {
-  // Warps n x m, fragments n x m, stages.
-  using Small = TileShape<2, 2, 2, 4, 4>;  // 64 outputs x 64 rows
-  using Large = TileShape<4, 2, 2, 8, 4>;  // 128 outputs x 128 rows
+  // Warps n x m, fragments n x m, stages, thread blocks on a multiprocessor.
+  using Small = TileShape<2, 2, 2, 4, 4, 3>;  // 64 outputs x 64 rows
+  using Large = TileShape<4, 2, 2, 8, 4, 2>;  // 128 outputs x 128 rows
   constexpr std::int64_t kEnoughBlocks = 100;
-  if (p.m <= kMaxGemvRows) {
-    if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
-    if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
-    return detail::launch_gemv<4, kActivation>(p, out, stream);
+  if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
+  if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
+  if (p.m <= 32) return detail::launch_gemv<4, kActivation>(p, out, stream);
+  // Every 16 outputs read all activations again, from L2.
+  constexpr std::int64_t kMaxGemvTraffic = 24 << 20;
+  if (out.n / 16 * p.m * p.k <= kMaxGemvTraffic) {
+    return detail::launch_gemv<8, kActivation>(p, out, stream);
   }
   const std::int64_t large_blocks = (p.m + 127) / 128 * ((out.n + 127) / 128);
   if (large_blocks >= kEnoughBlocks) return detail::launch_tile<Large, kActivation>(p, out, stream);

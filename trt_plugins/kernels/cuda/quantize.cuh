@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fragments.cuh"
-#include "ternary_gemv.cuh"
+#include "ternary_tile.cuh"
 
 namespace tinylm::cuda {
 
@@ -50,20 +50,20 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
 }
 
+inline constexpr int kArrangeThreads = 64;
+
 /// Rows that are int8 already: q [m, k], and their multipliers s [m] or nullptr for 1.
 /// Rows outside the limits are left out.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kArrangeThreads)
     arrange_rows(const std::int8_t* q, const float* s, int k, int num_blocks, QuantizedRows out,
-                 const std::int32_t* past_lens, const std::int32_t* seq_lens,
-                 std::int64_t capacity) {
+                 RowLimits limits) {
   const std::int64_t row = blockIdx.x;
-  if (past_lens != nullptr) {
-    const std::int64_t b = row / capacity;
-    if (row % capacity >= past_lens[b] + seq_lens[b]) return;
+  if (limits.past_lens != nullptr) {
+    const std::int64_t b = row / limits.capacity;
+    if (row % limits.capacity >= limits.past_lens[b] + limits.seq_lens[b]) return;
   }
   int sum = 0;
-  for (int i = 4 * threadIdx.x; i < num_blocks * kBlockInputs; i += 4 * kThreads) {
+  for (int i = 4 * threadIdx.x; i < num_blocks * kBlockInputs; i += 4 * kArrangeThreads) {
     std::uint32_t word = 0;
     if (i < k) {
       word = *reinterpret_cast<const std::uint32_t*>(q + row * k + i);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<std::uint32_t*>(out.activations + activation_offset(row, i, num_blocks)) =
         word;
   }
-  sum = detail::block_reduce<kThreads>(sum, [](int a, int b) { return a + b; });
+  sum = detail::block_reduce<kArrangeThreads>(sum, [](int a, int b) { return a + b; });
   if (threadIdx.x == 0) {
     out.s[row] = s == nullptr ? 1.0F : s[row];
     out.sums[row] = sum;

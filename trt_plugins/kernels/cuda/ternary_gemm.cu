@@ -124,9 +124,7 @@ cudaError_t accumulate_int8(const std::int8_t* q, const std::uint8_t* weight, st
   if (m < 0 || n <= 0 || k <= 0 || k % 4 != 0 || k > kMaxInputs) return cudaErrorInvalidValue;
   if (m == 0) return cudaSuccess;
   const QuantizedRows rows = cut_workspace(workspace, m, k, Activation::kInt8);
-  arrange_rows<kQuantizeThreads><<<static_cast<unsigned>(m), kQuantizeThreads, 0, stream>>>(
-      q, nullptr, static_cast<int>(k), num_blocks(k), rows, nullptr, nullptr, 1);
-  if (const auto error = cudaGetLastError()) return error;
+  if (const auto error = launch_arrange(q, nullptr, m, k, rows, {}, stream)) return error;
   const Output<std::int32_t> out{sums, nullptr, nullptr, n};
   return launch_product<Activation::kInt8>({rows, weight, m, k, {}}, out, stream);
 }

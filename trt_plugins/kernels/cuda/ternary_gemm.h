@@ -2,8 +2,8 @@
 /// tinylm::BitLinear on a GPU: [gate,] RMSNorm, absmax, quantise, exact product with ternary
 /// weights, scale [, add]. Numerics: tinylm/quantization.py and tinylm/norm.py.
 ///
-/// Both activation formats give the exact sum q . code, whatever the kernel: int8 in int32; fp8_e4m3
-/// as three int8 digits of a fixed-point number.
+/// Both activation formats give the exact sum q . code, whatever the kernel: int8 in int32;
+/// fp8_e4m3 as three int8 digits of a fixed-point number.
 #pragma once
 
 #include "types.h"

@@ -1,4 +1,4 @@
-// Few rows (M up to 32): one thread block for 16 outputs, its warps share K. Sums are integers, so
+// Few rows: one thread block for 16 outputs, its warps share K. Sums are integers, so
 // the order in which the warps' parts are added does not matter.
 #pragma once
 
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   }
 }
 
-/// Up to 8 * kTiles rows that are quantised already.
+/// Rows that are quantised already, 8 * kTiles a thread block. Grid: outputs / 16 x groups of rows.
 /// @param activations In the order of fragments.cuh; digit_bytes apart.
 template <Activation kActivation, int kTiles, typename Y>
 __global__ void __launch_bounds__(kGemvThreads)
@@ -144,22 +144,25 @@ __global__ void __launch_bounds__(kGemvThreads)
   const std::uint8_t* packed = detail::lane_weights(weights);
   detail::prefetch_weights(words, packed, weights.num_blocks);
   int acc[kTiles][4] = {};
-  const int num_tiles = (m + 7) / 8;
+  const int first_row = blockIdx.y * 8 * kTiles;
+  const int num_rows = min(8 * kTiles, m - first_row);
+  const int num_tiles = (num_rows + 7) / 8;
   detail::sum_blocks<kTiles, num_digits(kActivation)>(
       acc, packed, weights.num_blocks, words, [&](int digit, int block, int tile, int half) {
         if (tile >= num_tiles) return make_uint4(0, 0, 0, 0);
-        const std::int64_t at = static_cast<std::int64_t>(tile) * weights.num_blocks + block;
+        const std::int64_t at =
+            static_cast<std::int64_t>(first_row / 8 + tile) * weights.num_blocks + block;
         return *reinterpret_cast<const uint4*>(activations + digit * digit_bytes +
                                                at * kActivationBlockBytes + half * 512 +
                                                threadIdx.x % 32 * 16);
       });
   detail::keep_parts<kTiles>(acc, parts);
   __syncthreads();
-  for (int i = threadIdx.x; i < 16 * m; i += kGemvThreads) {
-    const int row = i / 16, column = blockIdx.x * 16 + i % 16;
+  for (int i = threadIdx.x; i < 16 * num_rows; i += kGemvThreads) {
+    const int row = first_row + i / 16, column = blockIdx.x * 16 + i % 16;
     if (column >= out.n) continue;
     int sum = 0;
-    for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][row][i % 16];
+    for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][i / 16][i % 16];
     store_output<kActivation>(out, row, column, sum, {scales.s[row], scales.sums[row]});
   }
 }

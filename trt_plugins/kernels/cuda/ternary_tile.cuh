@@ -1,6 +1,5 @@
-// Many rows: a thread block computes a tile of outputs x rows. Activations come through shared
-// memory in stages of 128 inputs by cp.async; weights go from global memory, through L1, straight
-// into fragments.
+// Many rows: a thread block computes a tile of outputs x rows. Activations and packed weights come
+// through shared memory in stages of 128 inputs by cp.async, in the order of the fragments.
 #pragma once
 
 #include "epilogue.cuh"
@@ -9,15 +8,17 @@
 namespace tinylm::cuda {
 
 /// Sizes of one variant: warps along outputs and rows, and each warp's fragments.
-template <int kWarpsN_, int kWarpsM_, int kTilesN_, int kTilesM_, int kStages_>
+template <int kWarpsN_, int kWarpsM_, int kTilesN_, int kTilesM_, int kStages_, int kBlocks_>
 struct TileShape {
   static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_;
   static constexpr int kTilesN = kTilesN_, kTilesM = kTilesM_;  // 16 outputs, 8 rows
   static constexpr int kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on one multiprocessor
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kOutputs = 16 * kWarpsN * kTilesN;
   static constexpr int kRows = 8 * kWarpsM * kTilesM;
-  static constexpr int kStageBytes = kRows / 8 * kActivationBlockBytes;
+  static constexpr int kActivationBytes = kRows / 8 * kActivationBlockBytes;
+  static constexpr int kStageBytes = kActivationBytes + kOutputs / 16 * kWeightBlockBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
@@ -56,7 +57,7 @@ __device__ inline bool any_row(const RowLimits& limits, std::int64_t first, std:
 
 /// y = activations . weights for rows of blockIdx.x's tile and outputs of blockIdx.y's.
 template <typename Shape, Activation kActivation, typename Y>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     ternary_tile(const std::uint8_t* activations, std::int64_t digit_bytes, RowScales scales,
                  const std::uint8_t* packed, int num_blocks, Output<Y> out, std::int64_t m,
                  RowLimits limits) {
@@ -69,8 +70,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int warp_n = warp % Shape::kWarpsN, warp_m = warp / Shape::kWarpsN;
   const std::int64_t first_tile_m = first_row / 8;
   const std::int64_t num_tiles_m = (m + 7) / 8;
-  const int num_tiles_n = static_cast<int>((out.n + 15) / 16);
-  const int tile_n = blockIdx.y * (Shape::kOutputs / 16) + warp_n * kTilesN;
+  const std::int64_t num_tiles_n = (out.n + 15) / 16;
+  const int first_tile_n = blockIdx.y * (Shape::kOutputs / 16);
+  const int tile_n = first_tile_n + warp_n * kTilesN;
   const int num_steps = kDigits * num_blocks;
 
   // Step i works on digit kDigits - 1 - i / num_blocks and block i % num_blocks.
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     if (step < num_steps) {
       const int digit = kDigits - 1 - step / num_blocks, block = step % num_blocks;
       std::uint8_t* to = stages + step % Shape::kStages * Shape::kStageBytes;
-      for (int i = 16 * threadIdx.x; i < Shape::kStageBytes; i += 16 * Shape::kThreads) {
+      for (int i = 16 * threadIdx.x; i < Shape::kActivationBytes; i += 16 * Shape::kThreads) {
         const std::int64_t tile = first_tile_m + i / kActivationBlockBytes;
         const bool exists = tile < num_tiles_m;
         const std::uint8_t* from = activations + digit * digit_bytes +
@@ -86,30 +88,21 @@ __global__ void __launch_bounds__(Shape::kThreads)
                                    i % kActivationBlockBytes;
         detail::copy_async(to + i, exists ? from : activations, exists);
       }
+      to += Shape::kActivationBytes;
+      constexpr int kWeightBytes = Shape::kStageBytes - Shape::kActivationBytes;
+      for (int i = 16 * threadIdx.x; i < kWeightBytes; i += 16 * Shape::kThreads) {
+        const std::int64_t tile = first_tile_n + i / kWeightBlockBytes;
+        const bool exists = tile < num_tiles_n;
+        const std::uint8_t* from = packed + (tile * num_blocks + block) * kWeightBlockBytes +
+                                   i % kWeightBlockBytes;
+        detail::copy_async(to + i, exists ? from : packed, exists);
+      }
     }
     detail::commit_copies();
   };
-  const auto load_block = [&](int step, uint4 (&words)[kTilesN]) {
-    if (step >= num_steps) return;
-#pragma unroll
-    for (int i = 0; i < kTilesN; ++i) {
-      const int tile = min(tile_n + i, num_tiles_n - 1);
-      const std::int64_t block =
-          static_cast<std::int64_t>(tile) * num_blocks + step % num_blocks;
-      words[i] = __ldg(
-          reinterpret_cast<const uint4*>(packed + block * kWeightBlockBytes + lane * 16));
-    }
-  };
-
   for (int i = 0; i < Shape::kStages - 1; ++i) copy_stage(i);
-  uint4 next[kTilesN];
-  load_block(0, next);
   int acc[kTilesN][kTilesM][4] = {};
   for (int step = 0; step < num_steps; ++step) {
-    uint4 words[kTilesN];
-#pragma unroll
-    for (int i = 0; i < kTilesN; ++i) words[i] = next[i];
-    load_block(step + 1, next);
     if (kDigits > 1 && step > 0 && step % num_blocks == 0) {
       for (auto& row : acc) {
         for (auto& tile : row) {
@@ -120,8 +113,14 @@ __global__ void __launch_bounds__(Shape::kThreads)
     detail::wait_for_copies<Shape::kStages - 2>();
     __syncthreads();
     copy_stage(step + Shape::kStages - 1);
-    const std::uint8_t* stage = stages + step % Shape::kStages * Shape::kStageBytes +
-                                warp_m * kTilesM * kActivationBlockBytes + lane * 16;
+    const std::uint8_t* stage = stages + step % Shape::kStages * Shape::kStageBytes + lane * 16;
+    uint4 words[kTilesN];
+#pragma unroll
+    for (int i = 0; i < kTilesN; ++i) {
+      words[i] = *reinterpret_cast<const uint4*>(stage + Shape::kActivationBytes +
+                                                 (warp_n * kTilesN + i) * kWeightBlockBytes);
+    }
+    stage += warp_m * kTilesM * kActivationBlockBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 rows[kTilesM];

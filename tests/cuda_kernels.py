@@ -1,0 +1,172 @@
+"""The CUDA kernels' test library through ctypes, on torch tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinylm.config import AttentionShape
+from tinylm_export.gpu_packing import pack_gpu
+
+LIBRARY = "libtinylm_cuda_test.so"
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATIONS = {"int8": 0, "fp8_e4m3": 1}
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Sizes(ctypes.Structure):
+    """AttentionSizes of trt_plugins/tests/cuda/cuda_test_api.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_heads", "nope_dim", "rope_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("latent_rank", "batch", "length", "capacity")),
+        *((name, ctypes.c_float) for name in ("theta", "eps", "softmax_scale")),
+        ("type", ctypes.c_int),
+    ]
+
+
+def library_path() -> Path | None:
+    """Return the test library: in TINYLM_NATIVE_DIR, or in the build trees of this checkout."""
+    folders = [_ROOT / "build" / "gpu", _ROOT / "build" / "native" / "tests" / "cuda"]
+    named = os.environ.get("TINYLM_NATIVE_DIR")
+    if named:
+        folders = [Path(named), Path(named) / "lib", *folders]
+    return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    path = library_path()
+    assert path is not None, f"{LIBRARY} is not built"
+    found = ctypes.CDLL(str(path))
+    found.tinylm_bit_linear_workspace.restype = ctypes.c_int64
+    found.tinylm_latent_attention_workspace.restype = ctypes.c_int64
+    found.tinylm_latent_attention_unsupported.restype = ctypes.c_char_p
+    return found
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return memory that no kernel may leave as it is: NaN, or the largest integer."""
+    out = torch.empty(shape, dtype=dtype, device="cuda")
+    return out.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+
+def pack(codes: Tensor) -> Tensor:
+    return torch.from_numpy(pack_gpu(codes.cpu().numpy())).cuda()
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or (tensor.is_cuda and tensor.is_contiguous())
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _stream() -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def _int64(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def _check(error: int) -> None:
+    assert error == 0, f"cudaError_t {error}"
+
+
+def bit_linear_workspace(m: int, k: int, activation: str) -> Tensor:
+    count = library().tinylm_bit_linear_workspace(*_int64(m, k), _ACTIVATIONS[activation])
+    return torch.full((count,), 0xA5, dtype=torch.uint8, device="cuda")
+
+
+def bit_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    norm: Tensor | None,
+    *,
+    activation: str = "int8",
+    eps: float = 1e-5,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
+    n = scale.shape[0]
+    y = poisoned(m, n, dtype=x.dtype) if out is None else out
+    if workspace is None:
+        workspace = bit_linear_workspace(m, k, activation)
+    _check(
+        library().tinylm_bit_linear(
+            *(_TYPES[x.dtype], _ACTIVATIONS[activation], *_int64(m, n, k), int(gated)),
+            *map(_pointer, (x, residual, y, packed, scale, norm)),
+            *(ctypes.c_float(eps), _pointer(workspace), _stream()),
+        )
+    )
+    return y
+
+
+def quantize(
+    x: Tensor, norm: Tensor | None, *, activation: str, eps: float = 1e-5, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
+    q = poisoned(m, k, dtype=torch.int8 if activation == "int8" else torch.int32)
+    s = poisoned(m, dtype=torch.float32)
+    workspace = bit_linear_workspace(m, k, activation)
+    _check(
+        library().tinylm_quantize(
+            *(_TYPES[x.dtype], _ACTIVATIONS[activation], *_int64(m, k), int(gated)),
+            *(_pointer(x), _pointer(norm), ctypes.c_float(eps), _pointer(q), _pointer(s)),
+            *(_pointer(workspace), _stream()),
+        )
+    )
+    return q, s
+
+
+def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
+    m, k = q.shape
+    sums = poisoned(m, n, dtype=torch.int32)
+    workspace = bit_linear_workspace(m, k, "int8")
+    _check(
+        library().tinylm_accumulate_int8(
+            *(_pointer(q), _pointer(packed), *_int64(m, n, k)),
+            *(_pointer(sums), _pointer(workspace), _stream()),
+        )
+    )
+    return sums
+
+
+def attention_sizes(
+    shape: AttentionShape, rank: int, batch: int, length: int, capacity: int, dtype: torch.dtype
+) -> Sizes:
+    return Sizes(
+        *(shape.num_heads, shape.nope_dim, shape.rope_dim, shape.value_dim, rank),
+        *(batch, length, capacity, shape.theta, shape.eps, shape.softmax_scale, _TYPES[dtype]),
+    )
+
+
+def latent_attention(
+    sizes: Sizes,
+    qkv: Tensor,
+    norm: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    past_lens: Tensor,
+    seq_lens: Tensor,
+    cache: tuple[Tensor, Tensor, Tensor],
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """Append to the cache (latent, scale, rope) in place and return y [B, S, H * Dv]."""
+    y = poisoned(*qkv.shape[:2], sizes.num_heads * sizes.value_dim, dtype=qkv.dtype)
+    if workspace is None:
+        count = library().tinylm_latent_attention_workspace(ctypes.byref(sizes))
+        workspace = torch.full((count,), 0xFF, dtype=torch.uint8, device="cuda")
+    tensors = (qkv, norm, packed, scales, past_lens, seq_lens, *cache, y, workspace)
+    _check(
+        library().tinylm_latent_attention(ctypes.byref(sizes), *map(_pointer, tensors), _stream())
+    )
+    return y

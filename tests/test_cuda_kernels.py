@@ -1,0 +1,287 @@
+"""The CUDA kernels against the ops' own definition (export/torch_ops.py), on random shapes."""
+
+from __future__ import annotations
+
+import random
+
+import cuda_kernels
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tinylm.config import AttentionShape
+from tinylm.packing import pack
+from tinylm_export.torch_ops import torch_op
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: there is no CUDA GPU"),
+    pytest.mark.skipif(
+        cuda_kernels.library_path() is None,
+        reason=f"SKIPPED: {cuda_kernels.LIBRARY} is not built",
+    ),
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUM_SHAPES = 500
+NUM_REPEATS = 20
+
+
+def ternary(n: int, k: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(-1, 2, (n, k), generator=generator, device="cuda", dtype=torch.int8)
+
+
+def generator_for(seed: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def random_rows(rng: random.Random, most: int = 300) -> int:
+    return rng.choice((1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, rng.randint(1, most)))
+
+
+class Linear:
+    """A random layer and its input."""
+
+    def __init__(self, seed: int, *, large: bool = False) -> None:
+        rng, g = random.Random(seed), generator_for(seed)
+        self.m, self.n = random_rows(rng, 2000 if large else 300), rng.randint(1, 700)
+        self.k = 4 * rng.randint(1, 300)
+        self.gated, self.activation = rng.random() < 0.3, rng.choice(("int8", "fp8_e4m3"))
+        self.dtype = rng.choice(DTYPES)
+        self.codes = ternary(self.n, self.k, g)
+        self.scale = torch.rand(self.n, generator=g, device="cuda") + 0.01
+        self.norm = None
+        if rng.random() < 0.7:
+            self.norm = torch.rand(self.k, generator=g, device="cuda") + 0.5
+        width = self.k * (2 if self.gated else 1)
+        size = 10.0 ** rng.uniform(-3, 1)
+        self.x = (torch.randn(self.m, width, generator=g, device="cuda") * size).to(self.dtype)
+        self.x[rng.randrange(self.m)] = 0
+        self.residual = None
+        if rng.random() < 0.3:
+            self.residual = torch.randn(self.m, self.n, generator=g, device="cuda").to(self.dtype)
+
+    def input(self) -> Tensor:
+        return torch_op("SwiGLU")(*self.x.chunk(2, dim=-1)) if self.gated else self.x
+
+    def expected(self) -> Tensor:
+        y = torch_op("BitLinear")(
+            self.input().contiguous(),
+            pack(self.codes.cpu()).cuda(),
+            self.scale,
+            self.norm,
+            activation=self.activation,
+        )
+        return y if self.residual is None else self.residual + y
+
+    def found(self, **options: Tensor) -> Tensor:
+        return cuda_kernels.bit_linear(
+            self.x,
+            cuda_kernels.pack(self.codes),
+            self.scale,
+            self.norm,
+            activation=self.activation,
+            gated=self.gated,
+            residual=self.residual,
+            **options,
+        )
+
+
+def test_every_sum_is_exact() -> None:
+    for seed in range(NUM_SHAPES):
+        rng, g = random.Random(seed), generator_for(seed)
+        m, n, k = random_rows(rng), rng.randint(1, 600), 4 * rng.randint(1, 400)
+        codes = ternary(n, k, g)
+        q = torch.randint(-128, 128, (m, k), generator=g, device="cuda", dtype=torch.int8)
+        q[rng.randrange(m)] = rng.choice((-128, 127, 0))
+        sums = cuda_kernels.accumulate_int8(q, cuda_kernels.pack(codes), n)
+        wide = q.double() @ codes.double().t()  # integers below 2**53
+        assert torch.equal(sums.long(), wide.long()), (seed, m, n, k)
+
+
+def test_sums_equal_the_cpu_kernels_at_the_largest_k() -> None:
+    g = generator_for(0)
+    codes = torch.ones(17, 32768, dtype=torch.int8, device="cuda")
+    q = torch.randint(-128, 128, (3, 32768), generator=g, device="cuda", dtype=torch.int8)
+    q[0] = -128
+    sums = cuda_kernels.accumulate_int8(q, cuda_kernels.pack(codes), 17).cpu().numpy()
+    np.testing.assert_array_equal(
+        sums, q.cpu().numpy().astype(np.int64) @ codes.cpu().numpy().astype(np.int64).T
+    )
+
+
+def test_bit_linear_on_random_shapes() -> None:
+    different = compared = 0
+    for seed in range(NUM_SHAPES):
+        layer = Linear(seed, large=seed % 25 == 0)
+        found, expected = layer.found(), layer.expected()
+        # A row whose quantised activations differ by one step somewhere may be off by that step.
+        rows = (found != expected).any(dim=1)
+        different, compared = different + int(rows.sum()), compared + layer.m
+        step = layer.scale.max() / 127 * layer.input().float().abs().max().clamp_min(1e-5) * 64
+        worst = (found.double() - expected.double()).abs().max()
+        assert found.isfinite().all() and worst <= step, (seed, vars(layer).keys(), worst, step)
+    assert different <= compared * 2e-3, f"{different} of {compared} rows differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["int8", "fp8_e4m3"])
+def test_a_float32_row_is_the_same_in_every_bit(dtype: torch.dtype, activation: str) -> None:
+    g = generator_for(3)
+    layer = Linear(1)
+    layer.activation, layer.dtype, layer.gated, layer.residual = activation, dtype, False, None
+    layer.m, layer.n, layer.k = 64, 512, 1024
+    layer.codes, layer.norm = ternary(512, 1024, g), torch.ones(1024, device="cuda")
+    layer.scale = torch.full((512,), 0.02, device="cuda")
+    layer.x = torch.randn(64, 1024, generator=g, device="cuda").to(dtype)
+    assert (layer.found() == layer.expected()).all(dim=1).float().mean() >= 0.95
+
+
+def test_not_a_number_spoils_its_row_and_no_other() -> None:
+    for seed, bad in ((0, float("nan")), (4, float("inf")), (7, float("nan"))):
+        layer = Linear(seed)
+        layer.gated, layer.x, layer.residual = False, layer.x[:, : layer.k].contiguous(), None
+        layer.x[0, 0] = bad
+        found = layer.found()
+        assert found[0].isnan().all()
+        assert found[1:].isfinite().all()
+
+
+def test_twenty_repeats_are_the_same_in_every_bit() -> None:
+    for seed in (1, 2, 3, 25, 50):
+        layer = Linear(seed, large=seed % 25 == 0)
+        first = layer.found()
+        assert all(torch.equal(first, layer.found()) for _ in range(NUM_REPEATS))
+
+
+SHAPES = (
+    (16, 32, 32, 64, 256),  # tinylm-300m
+    (4, 16, 16, 32, 64),
+    (4, 64, 32, 64, 128),
+    (2, 64, 64, 128, 512),
+    (3, 20, 4, 12, 36),
+    (20, 32, 32, 64, 192),
+)
+
+
+class Attention:
+    """A random layer with a cache that holds something already."""
+
+    def __init__(self, seed: int, *, decode: bool) -> None:
+        rng, g = random.Random(seed), generator_for(seed)
+        heads, nope, rope, value, self.rank = rng.choice(SHAPES)
+        self.shape = AttentionShape(
+            num_heads=heads,
+            nope_dim=nope,
+            rope_dim=rope,
+            value_dim=value,
+            theta=10000.0,
+            eps=1e-5,
+            softmax_scale=(nope + rope) ** -0.5,
+        )
+        self.dtype = rng.choice(DTYPES)
+        self.batch, self.length = rng.randint(1, 5), 1 if decode else rng.randint(2, 150)
+        past = [rng.choice((0, rng.randint(0, 300))) for _ in range(self.batch)]
+        fresh = [rng.randint(0, self.length) for _ in range(self.batch)]
+        self.capacity = max(map(sum, zip(past, fresh, strict=True))) + rng.randint(1, 70)
+        as_int = {"device": "cuda", "dtype": torch.int32}
+        self.past, self.fresh = torch.tensor(past, **as_int), torch.tensor(fresh, **as_int)
+        rows, size = heads * (nope + value), (self.batch, self.capacity)
+        self.codes = ternary(rows, self.rank, g)
+        self.scales = torch.rand(rows, generator=g, device="cuda") * 0.1 + 0.02
+        self.norm = torch.rand(self.rank, generator=g, device="cuda") + 0.5
+        self.width = heads * (nope + rope)
+        kv = self.rank + rope
+        shape = (self.batch, self.length, self.width + kv)
+        self.qkv = torch.randn(shape, generator=g, device="cuda").to(self.dtype)
+        codes = torch.randint(-127, 128, (*size, self.rank), generator=g, device="cuda")
+        keys = torch.randn((*size, rope), generator=g, device="cuda")
+        steps = torch.rand(size, generator=g, device="cuda") * 30 + 30
+        self.cache = (codes.to(torch.int8), steps, keys.to(self.dtype))
+        for b in range(self.batch):  # slots that hold no token may hold anything
+            self.cache[1][b, past[b] :] = float("nan")
+            self.cache[2][b, past[b] :] = float("nan")
+
+    def expected(self) -> tuple[Tensor, ...]:
+        attributes = {
+            name: getattr(self.shape, name)
+            for name in ("num_heads", "nope_dim", "rope_dim", "value_dim", "softmax_scale")
+        }
+        q, kv = self.qkv[..., : self.width], self.qkv[..., self.width :]
+        packed = pack(self.codes.cpu()).cuda()
+        return torch_op("FlashMLA")(
+            *(q.contiguous(), kv.contiguous(), self.norm, packed, self.scales),
+            *(self.past, self.fresh, *self.cache),
+            **attributes,
+        )
+
+    def found(self) -> tuple[Tensor, ...]:
+        sizes = cuda_kernels.attention_sizes(
+            self.shape, self.rank, self.batch, self.length, self.capacity, self.dtype
+        )
+        cache = tuple(part.clone() for part in self.cache)
+        y = cuda_kernels.latent_attention(
+            sizes,
+            *(self.qkv, self.norm, cuda_kernels.pack(self.codes), self.scales),
+            *(self.past, self.fresh, cache),
+        )
+        return y, *cache
+
+
+# Largest |difference| of y against float64, relative to its largest value; roundings of the type
+# of the output (2**-24, 2**-11, 2**-8), of keys and values where they are expanded, and of weights.
+LIMITS = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_attention_on_random_shapes(decode: bool) -> None:
+    flips = 0
+    for seed in range(NUM_SHAPES):
+        case = Attention(seed, decode=decode)
+        expected, found = case.expected(), case.found()
+        steps = (found[1].int() - expected[1].int()).abs()
+        assert steps.max() <= 1, seed
+        flips += int((steps != 0).sum())
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            found[3].float(), expected[3].float(), rtol=0, atol=1e-6, equal_nan=True
+        )
+        size = expected[0].double().abs().max().clamp_min(1e-3)
+        worst = (found[0].double() - expected[0].double()).abs().max() / size
+        assert worst <= LIMITS[case.dtype], (seed, case.dtype, case.shape, float(worst))
+    assert flips <= 20
+
+
+def test_attention_repeats_are_the_same_in_every_bit() -> None:
+    for seed, decode in ((1, True), (2, False), (3, True), (4, False)):
+        case = Attention(seed, decode=decode)
+        first = case.found()
+        for _ in range(NUM_REPEATS):
+            again = case.found()
+            for a, b in zip(first, again, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_full_cache_spoils_only_what_does_not_fit(dtype: torch.dtype, length: int) -> None:
+    case = Attention(5, decode=length == 1)
+    case.dtype, case.length = dtype, length
+    case.qkv = torch.randn(case.batch, length, case.qkv.shape[-1], device="cuda").to(dtype)
+    case.fresh[:] = length
+    case.past[:] = case.capacity - length
+    case.past[-1] = case.capacity - length + 1  # one token too many
+    latent, scale, rope = case.cache
+    case.cache = latent, scale.nan_to_num(1.0), rope.nan_to_num(0.0).to(dtype)
+    y, *_ = case.found()
+    assert y[-1, -1].isnan().all()
+    assert y[:-1].isfinite().all() and y[-1, :-1].isfinite().all()
+
+
+def test_unsupported_shapes_say_why() -> None:
+    shape = AttentionShape(
+        num_heads=2, nope_dim=8, rope_dim=6, value_dim=8, theta=1e4, eps=1e-5, softmax_scale=1.0
+    )
+    sizes = cuda_kernels.attention_sizes(shape, 64, 1, 1, 8, torch.float32)
+    reason = cuda_kernels.library().tinylm_latent_attention_unsupported(sizes)
+    assert b"multiples of 4" in reason

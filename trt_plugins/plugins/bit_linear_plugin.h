@@ -1,0 +1,54 @@
+/// @file bit_linear_plugin.h
+/// TensorRT plugin BitLinear; inputs and attributes: export/trt_ops.py.
+#pragma once
+
+#include "plugin_base.h"
+#include "ternary_gemm.h"
+
+namespace tinylm::plugins {
+
+class BitLinearPlugin final : public PluginBase<BitLinearPlugin, nvinfer1::IPluginV3OneBuild> {
+ public:
+  static constexpr const char* kName = "BitLinear";
+
+  /// @throws std::invalid_argument An attribute is missing or out of range.
+  explicit BitLinearPlugin(const FieldReader& fields);
+  static void describe(std::vector<nvinfer1::PluginField>& fields);
+  void write(FieldWriter& fields) const;
+
+  std::int32_t getNbOutputs() const noexcept override { return 1; }
+  std::int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, std::int32_t num_inputs,
+                               const nvinfer1::DynamicPluginTensorDesc* out,
+                               std::int32_t num_outputs) noexcept override;
+  std::int32_t getOutputDataTypes(nvinfer1::DataType* out, std::int32_t num_outputs,
+                                  const nvinfer1::DataType* in,
+                                  std::int32_t num_inputs) const noexcept override;
+  std::int32_t getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t num_inputs,
+                               const nvinfer1::DimsExprs* shape_inputs,
+                               std::int32_t num_shape_inputs, nvinfer1::DimsExprs* out,
+                               std::int32_t num_outputs,
+                               nvinfer1::IExprBuilder& builder) noexcept override;
+  bool supportsFormatCombination(std::int32_t pos, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                 std::int32_t num_inputs,
+                                 std::int32_t num_outputs) noexcept override;
+  std::size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, std::int32_t num_inputs,
+                               const nvinfer1::DynamicPluginTensorDesc* out,
+                               std::int32_t num_outputs) const noexcept override;
+  std::int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, std::int32_t num_inputs,
+                             const nvinfer1::PluginTensorDesc* out,
+                             std::int32_t num_outputs) noexcept override;
+  std::int32_t enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
+                       const void* const* inputs, void* const* outputs, void* workspace,
+                       cudaStream_t stream) noexcept override;
+
+ private:
+  std::int32_t num_inputs() const { return 3 + has_norm_ + has_residual_; }
+  void check(const nvinfer1::PluginTensorDesc* in, std::int32_t count) const;
+
+  cuda::Activation activation_;
+  float eps_;
+  std::int64_t k_, n_;
+  bool has_norm_, has_residual_, gated_;
+};
+
+}  // namespace tinylm::plugins
