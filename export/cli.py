@@ -162,6 +162,14 @@ def parity(
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", min=1, help="New tokens of each prompt.")
     ] = 256,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect",
+            help="Build each engine again with every layer's output marked, and name the first "
+            "layer out of tolerance.",
+        ),
+    ] = False,
     program: Annotated[
         Path | None,
         typer.Option("--program", help="tinylm-run, to compare its ids too; needs --prompts."),
@@ -178,6 +186,7 @@ def parity(
     _prove(
         directory,
         engines=engine or (),
+        bisect=bisect,
         generation=make_settings(
             num_prompts, new_tokens, program=program, num_engines=len(engine or ())
         ),
@@ -202,6 +211,7 @@ def _prove(
     native: bool | None = None,
     engines: Sequence[Path] = (),
     generation: GenerationSettings | None = None,
+    bisect: bool = False,
     json: Path | None = None,
 ) -> None:
     """Run parity, show it, and exit with 1 if it fails."""
@@ -231,6 +241,7 @@ def _prove(
             native=native,
             engines=engines,
             generation=generation,
+            bisect=bisect,
             data=data,
             progress=progress,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tinylm_export.parity_batch import (
     merge_differences,
     row_batches,
 )
-from tinylm_export.parity_nodes import engine_values
+from tinylm_export.parity_nodes import engine_nodes, engine_values
 from tinylm_export.parity_reference import run_reference
 from tinylm_export.parity_report import (
     LayerDifference,
@@ -297,3 +298,44 @@ def compare_layers(
         )
         for node, parts in found.items()
     ]
+
+
+def bisect_layers(
+    runtime: TrtRuntime,
+    directory: Path,
+    batch: ParityBatch,
+    references: TorchReferences,
+    progress: Progress,
+) -> list[LayerDifference]:
+    """Build an engine as this one was, with every layer's output marked, and compare the layers.
+
+    TensorRT may choose other kernels where an output is marked, but for the plugins' layers.
+
+    Args:
+        runtime: The engine to look into.
+        directory: What ``tinylm-export onnx`` wrote.
+        batch: The rows.
+        references: PyTorch's runs.
+        progress: Told how far it is.
+
+    Returns:
+        One entry a layer, in execution order.
+    """
+    from tinylm_export.to_engine import build_engine
+
+    manifest = runtime.session.manifest
+    with tempfile.TemporaryDirectory() as folder:
+        debug = Path(folder) / "debug"
+        progress(f"{runtime.name}: build the debug engine", 0.0)
+        build_engine(
+            directory,
+            debug,
+            dtype=manifest.dtype,
+            fp8_act=manifest.activation == "fp8_e4m3",
+            max_batch_size=manifest.max_batch_size,
+            max_seq_len=manifest.max_seq_len,
+            all_logits=manifest.all_logits,
+            mark_nodes=list(engine_nodes(runtime.session.config.num_layers)),
+        )
+        progress(f"{runtime.name}: build the debug engine", 1.0)
+        return compare_layers(TrtRuntime(debug, directory), batch, references)

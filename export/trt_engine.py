@@ -112,7 +112,7 @@ class TrtEngine:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            _load_plugins(self._runtime.get_plugin_registry(), self.plugins, self.logger)
+            load_plugins(self._runtime.get_plugin_registry(), self.plugins, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -133,8 +133,12 @@ class TrtEngine:
         return plugin_library()
 
 
-def _load_plugins(registry: Any, path: Path, logger: Any) -> None:
-    """Register the plugins of a library, once a process."""
+def load_plugins(registry: Any, path: Path, logger: Any) -> None:
+    """Register the plugins of a library, once a process.
+
+    Raises:
+        ExportError: TensorRT can't load it.
+    """
     path = path.resolve()
     if path in _loaded_plugins:
         return

@@ -349,6 +349,18 @@ def test_greedy_texts_of_a_float32_engine(tmp_path: Path) -> None:
     assert isinstance(texts, GenerationAgreement) and texts.passed, show(report)
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_debug_engine_names_no_layer(tmp_path: Path, dtype: str) -> None:
+    _, onnx = make_export(tmp_path, tie_embeddings=False)
+    engine = build(onnx, tmp_path / "engine", dtype=dtype)
+    report = run_parity(onnx, held_out(), engines=[engine], bisect=True, num_tokens=300, length=48)
+    runtime = report.runtimes[1]
+    assert [layer.node for layer in runtime.layers] == list(engine_nodes(2))
+    assert runtime.first_departure is None, show(report)
+
+
 def show(report: ParityReport) -> str:
     """Return the report as text, for the message of a failed test."""
     console = Console(record=True, width=160)
