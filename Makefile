@@ -6,14 +6,17 @@ READY := $(VENV)/.ready
 # Compiled modules make every later start of Python seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup native native-if-possible lint test sanitize demo clean
+.PHONY: help setup native native-gpu native-if-possible lint test test-gpu sanitize demo clean
 
 help:
 	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
 	@echo "make test    ruff, mypy, clang-format, the C++ unit tests and pytest"
 	@echo "make sanitize  the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint    ruff, mypy and clang-format only"
-	@echo "make native  build the CPU kernels for ONNX Runtime"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU, with PYTHON and its packages as they are"
+	@echo "make native  build the CPU kernels for ONNX Runtime, and the GPU's plugins where the"
+	@echo "             CUDA compiler and TensorRT's headers are on this machine"
+	@echo "make native-gpu  build both, and fetch nvcc and TensorRT (1.9 GB) if need be"
 	@echo "make setup   make $(VENV) only"
 	@echo "make clean   remove $(VENV), build/, demo/ and caches"
 
@@ -31,9 +34,12 @@ $(READY): pyproject.toml
 native: setup
 	$(BIN)/tinylm-export native build
 
+native-gpu: setup
+	$(BIN)/tinylm-export native build --gpu --cuda-tests
+
 # Says so loudly where a compiler or header is missing; a build that fails still stops make.
 native-if-possible: setup
-	$(BIN)/tinylm-export native build --if-possible
+	$(BIN)/tinylm-export native build --if-possible --cuda-tests
 
 # mypy does not follow an editable install that renames a folder, so it gets a link.
 lint: setup
@@ -46,6 +52,10 @@ lint: setup
 test: lint native-if-possible
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/native_tests.sh tests
 	$(BIN)/pytest --numprocesses 2
+
+# No set-up: a GPU machine may have no network.
+test-gpu:
+	bash tools/gpu_tests.sh $(PYTHON)
 
 # The kernels' unit tests under AddressSanitizer with UBSan, and under ThreadSanitizer.
 sanitize: setup

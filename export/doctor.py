@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tinylm_export import doctor_gpu as gpu
 from tinylm_export import doctor_native as native
 from tinylm_export import doctor_ops as ops
 from tinylm_export import doctor_python as python
@@ -53,8 +54,11 @@ def run_doctor() -> DoctorReport:
         "Default tokenizer": python.check_default_tokenizer,
         "Llama 2 tokenizer": python.check_llama2_tokenizer,
         "flash-attn": native.check_flash_attn,
-        "TensorRT": native.check_tensorrt,
-        "nvcc": native.check_nvcc,
+        "TensorRT": gpu.check_bindings,
+        "TensorRT libraries": gpu.check_libraries,
+        "TensorRT headers": gpu.check_headers,
+        "nvcc": gpu.check_nvcc,
+        "TensorRT plugins": gpu.check_plugins,
         "C++ compiler": native.check_cpp_compiler,
         "CMake": native.check_cmake,
     }

@@ -1,4 +1,4 @@
-"""Checks of the GPU, its libraries and the tools that build native code."""
+"""Checks of the GPU and of the tools that build native code."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import importlib
 import os
 import shutil
 import subprocess
-import sysconfig
-from pathlib import Path
 
 from tinylm_export.doctor_check import COMMAND_TIMEOUT_SECONDS, Check, first_line, program_output
 
 _CPP_PROGRAM = "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
-_NVCC_PACKAGES = "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
 
 
 def check_gpu() -> Check:
@@ -77,7 +74,7 @@ def check_flash_attn() -> Check:
     import torch
 
     suitable = "" if torch.cuda.is_available() else "; it needs a CUDA GPU, and there is none"
-    return _optional_module(
+    return optional_module(
         "flash-attn",
         module="flash_attn",
         needed_for=f"faster training attention (PyTorch's own takes its place){suitable}",
@@ -85,17 +82,7 @@ def check_flash_attn() -> Check:
     )
 
 
-def check_tensorrt() -> Check:
-    """Check TensorRT's Python bindings."""
-    return _optional_module(
-        "TensorRT",
-        module="tensorrt",
-        needed_for="TensorRT engines on an NVIDIA GPU",
-        command="pip install 'tinylm[tensorrt]'",
-    )
-
-
-def _optional_module(name: str, *, module: str, needed_for: str, command: str) -> Check:
+def optional_module(name: str, *, module: str, needed_for: str, command: str) -> Check:
     """Import a module that may be absent; one that is there must import."""
     try:
         found = f"{name} {getattr(importlib.import_module(module), '__version__', '')}".strip()
@@ -118,30 +105,6 @@ def _optional_module(name: str, *, module: str, needed_for: str, command: str) -
         found=f"installed and can't be imported: {problem}",
         needed_for=needed_for,
         command=f"pip install --force-reinstall {name.lower()}",
-    )
-
-
-def check_nvcc() -> Check:
-    """Look for the CUDA compiler: CUDA_HOME, the path, then NVIDIA's Python packages."""
-    candidates = [shutil.which("nvcc")]
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        candidates.insert(0, str(Path(home, "bin", "nvcc")))
-    packages = Path(sysconfig.get_path("purelib"), "nvidia")
-    candidates += [str(path) for path in sorted(packages.glob("*/bin/nvcc"), reverse=True)]
-    needed_for = "building the CUDA kernels"
-    for path in candidates:
-        output = program_output([path, "--version"]) if path else None
-        release = [line for line in (output or "").splitlines() if "release" in line]
-        if release:
-            found = f"{path}, {release[0].split(',', 1)[1].strip()}"
-            return Check(name="nvcc", status="ok", found=found, needed_for=needed_for)
-    return Check(
-        name="nvcc",
-        status="optional",
-        found="not found on the path, in CUDA_HOME or among the Python packages",
-        needed_for=needed_for,
-        command=f"pip install {_NVCC_PACKAGES}",
     )
 
 

@@ -1,6 +1,6 @@
-"""The GPU's native libraries: TensorRT's plugins, and the CUDA kernels that the tests load.
+"""TensorRT's plugins as a native library, built beside the CPU's (:mod:`tinylm_export.native`).
 
-They are built beside the CPU's (:mod:`tinylm_export.native`), where nvcc and the headers are.
+Building needs nvcc and TensorRT's headers (:mod:`tinylm_export.gpu_sdk`), and no GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from tinylm.errors import NativeError
 from tinylm_export import gpu_sdk, native
 
 LIBRARY_NAME = "libtinylm_trt.so"
-TEST_LIBRARY_NAME = "libtinylm_cuda_test.so"
 BUILD_COMMAND = "tinylm-export native build --gpu"
 # Where they lie in the build tree of a CMake preset, apart from where they are installed.
-_IN_FOLDER = (*native.INSTALL_FOLDERS, "plugins", "tests/cuda")
+_IN_FOLDER = (*native.INSTALL_FOLDERS, "plugins")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,11 @@ class PluginInfo:
 
 def find_plugin_library() -> Path | None:
     """Find TensorRT's plugins: in ``TINYLM_NATIVE_DIR``, else the checkout, else the cache."""
-    return _find(LIBRARY_NAME)
+    folders = [native.build_folder()]
+    if not os.environ.get(native.FOLDER_VARIABLE):
+        folders.append(native.cached_folder())
+    found = (native.newest_in_folder(folder, LIBRARY_NAME, _IN_FOLDER) for folder in folders)
+    return next(filter(None, found), None)
 
 
 def plugin_library() -> Path:
@@ -49,35 +52,11 @@ def plugin_library() -> Path:
     """
     found = find_plugin_library()
     if found is None:
-        raise _not_built(LIBRARY_NAME)
+        raise NativeError(
+            f"TensorRT's plugins are not built: no {LIBRARY_NAME} in {native.build_folder()}. Run "
+            f"`{BUILD_COMMAND}`."
+        )
     return found
-
-
-def cuda_test_library() -> Path:
-    """Return the library of CUDA kernels that the tests load.
-
-    Raises:
-        NativeError: It is nowhere.
-    """
-    found = _find(TEST_LIBRARY_NAME)
-    if found is None:
-        raise _not_built(TEST_LIBRARY_NAME, command=f"{BUILD_COMMAND} --cuda-tests")
-    return found
-
-
-def _find(name: str) -> Path | None:
-    folders = [native.build_folder()]
-    if not os.environ.get(native.FOLDER_VARIABLE):
-        folders.append(native.cached_folder())
-    found = (native.newest_in_folder(folder, name, _IN_FOLDER) for folder in folders)
-    return next(filter(None, found), None)
-
-
-def _not_built(name: str, *, command: str = BUILD_COMMAND) -> NativeError:
-    return NativeError(
-        f"the GPU's native libraries are not built: no {name} in {native.build_folder()}. Run "
-        f"`{command}`."
-    )
 
 
 def describe_plugins(path: Path | None = None) -> PluginInfo:

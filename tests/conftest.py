@@ -7,8 +7,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 from model_helpers import RaggedBatch, make_model, ragged_batch
 
 from tinylm import TinyLM, attention_backends
@@ -32,3 +34,34 @@ def fresh_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention_backends, "_WARNED", set())
     monkeypatch.setattr(attention_backends.DEFAULT_CHAIN, "failed", {})
     yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the GPU's tests where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="NOT TESTED: there is no CUDA GPU here"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Let a GPU test that is skipped fail in `make test-gpu`, which sets TINYLM_REQUIRE_GPU."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("TINYLM_REQUIRE_GPU") and item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where every GPU test must run: {report.longrepr}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say loudly what the GPU's tests leave unproved."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", ()) if "gpu" in r.keywords]
+    if skipped:
+        terminalreporter.section("GPU TESTS NOT RUN", sep="!", yellow=True, bold=True)
+        terminalreporter.line(
+            f"{len(skipped)} tests need an NVIDIA GPU and were skipped. On a machine with one: "
+            "make test-gpu PYTHON=python3",
+            yellow=True,
+        )

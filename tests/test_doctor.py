@@ -11,12 +11,14 @@ from rich.console import Console
 
 from tinylm_export.doctor import DoctorReport, attempt, render, run_doctor
 from tinylm_export.doctor_check import Check
-from tinylm_export.doctor_native import (
-    check_cpp_compiler,
-    check_flash_attn,
+from tinylm_export.doctor_gpu import (
+    check_bindings,
+    check_headers,
+    check_libraries,
     check_nvcc,
-    check_tensorrt,
+    check_plugins,
 )
+from tinylm_export.doctor_native import check_cpp_compiler, check_flash_attn
 from tinylm_export.doctor_ops import check_native_ops, check_onnxruntime_runs
 from tinylm_export.doctor_python import (
     check_default_tokenizer,
@@ -40,7 +42,7 @@ def test_this_machine_is_healthy(report: DoctorReport) -> None:
 
 def test_every_check_says_what_it_is_for(report: DoctorReport) -> None:
     names = [check.name for check in report.checks]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 16
     for check in report.checks:
         assert check.found and check.needed_for
         assert check.status != "ok" or not check.command
@@ -182,14 +184,14 @@ def test_a_check_without_its_package_is_missing() -> None:
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder at the front of the import path."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("tensorrt", "flash_attn"):
+    for name in ("tensorrt", "tensorrt_bindings", "flash_attn"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
 def test_optional_modules(modules: Path) -> None:
     (modules / "tensorrt.py").write_text('__version__ = "10.6"\n', encoding="utf-8")
-    check = check_tensorrt()
+    check = check_bindings()
     assert (check.status, check.found) == ("ok", "TensorRT 10.6")
     (modules / "flash_attn.py").write_text(
         'raise OSError("undefined symbol: _ZN3c10")\n', encoding="utf-8"
@@ -202,7 +204,7 @@ def test_optional_modules(modules: Path) -> None:
 
 def test_a_module_that_lacks_its_own_parts_is_a_problem(modules: Path) -> None:
     (modules / "tensorrt.py").write_text("import no_such_bindings\n", encoding="utf-8")
-    check = check_tensorrt()
+    check = check_bindings()
     assert check.status == "problem"
     assert "no_such_bindings" in check.found
 
@@ -218,7 +220,33 @@ def test_nvcc_in_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     check = check_nvcc()
     assert check.status == "ok"
-    assert check.found == f"{tmp_path}/bin/nvcc, release 13.0, V13.0.88"
+    assert check.found == f"{tmp_path}/bin/nvcc, CUDA 13.0"
+    program(tmp_path / "bin" / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
+    check = check_nvcc()
+    assert (check.status, check.command) == ("problem", "unset CUDA_HOME")
+    assert "of version 12.0 or newer" in check.found
+
+
+def test_tensorrt_that_is_nowhere_is_optional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinylm_export import gpu_sdk, native
+
+    for variable in ("TENSORRT_ROOT", "TINYLM_NATIVE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu_sdk, "_SYSTEM_INCLUDES", ())
+    monkeypatch.setattr(gpu_sdk, "_SYSTEM_LIBRARIES", ())
+    monkeypatch.setattr(native, "build_folder", lambda: tmp_path)
+    for check in (check_libraries(), check_headers()):
+        assert (check.status, check.command) == ("optional", "tinylm-export native sdk")
+    check = check_plugins()
+    assert (check.status, check.command) == ("optional", "tinylm-export native build --gpu")
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    for check in (check_libraries(), check_headers()):
+        assert (check.status, check.command) == ("problem", "unset TENSORRT_ROOT")
+    (tmp_path / "libtinylm_trt.so").write_bytes(b"no library")
+    assert check_plugins().status == "problem"
 
 
 def test_a_compiler_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
