@@ -28,6 +28,7 @@ from tinylm.cli_shared import (
 )
 from tinylm.errors import DataError
 from tinylm_export.cli_native import app as native_app
+from tinylm_export.cli_trt import trt
 
 if TYPE_CHECKING:
     from tinylm_export.generation_parity import GenerationSettings
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(native_app)
+app.command(epilog="Example: tinylm-export trt onnx --out engine --dtype bf16")(trt)
 
 
 class TaskChoice(str, enum.Enum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def current_machine(*, plugins: bool) -> EngineMachine:
         version = describe_plugins().version
     major, minor = torch.cuda.get_device_capability()
     return EngineMachine(
-        tensorrt_version=trt.__version__,
+        tensorrt_version=".".join(re.findall(r"\d+", trt.__version__)[:3]),
         gpu=torch.cuda.get_device_name(),
         compute_capability=f"{major}.{minor}",
         plugin_version=version,
