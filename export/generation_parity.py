@@ -33,7 +33,6 @@ class GenerationSettings:
         max_new_tokens: Tokens of each; fewer where the context ends.
         prompt_len: Tokens of each prompt.
         program: ``tinylm-run``, to compare it too.
-        plugins: The plugin library for ``program``; None if the engine holds its plugins.
 
     Raises:
         ConfigError: A value is out of range.
@@ -43,12 +42,30 @@ class GenerationSettings:
     max_new_tokens: int = 256
     prompt_len: int = 16
     program: Path | None = None
-    plugins: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "prompt_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
+
+
+def make_settings(
+    num_prompts: int, max_new_tokens: int, *, program: Path | None, num_engines: int
+) -> GenerationSettings | None:
+    """Return the settings of a command line; None if no prompts were asked for.
+
+    Raises:
+        ConfigError: Prompts without an engine, or a program without prompts.
+    """
+    if num_prompts and not num_engines:
+        raise ConfigError("--prompts compares engines; give one with --engine.")
+    if program is not None and not num_prompts:
+        raise ConfigError("--program needs prompts to continue; give --prompts 20.")
+    if not num_prompts:
+        return None
+    return GenerationSettings(
+        num_prompts=num_prompts, max_new_tokens=max_new_tokens, program=program
+    )
 
 
 class GreedyText(NamedTuple):
@@ -180,16 +197,21 @@ def compare_texts(
         progress: Told the phase and how much of it is done.
     """
     prompts = make_prompts(batch, settings.num_prompts, settings.prompt_len)
-    context = min(runtime.session.config.max_seq_len, runtime.session.limits.capacity)
+    context = runtime.session.config.max_seq_len
     count = min(settings.max_new_tokens, context - prompts.shape[1])
     own, programs = [], []
     for index, prompt in enumerate(prompts):
         # One row at a time, as the program has it: other batch sizes may sum in another order.
         own += greedy_texts(runtime.session, prompt[None], count)
         if settings.program is not None:
-            engine, plugins = runtime.session.directory, settings.plugins
             programs.append(
-                program_tokens(settings.program, engine, prompt.tolist(), count, plugins)
+                program_tokens(
+                    settings.program,
+                    runtime.session.directory,
+                    prompt.tolist(),
+                    count,
+                    runtime.session.plugins,
+                )
             )
         progress(f"{runtime.name}: generation", (index + 1) / len(prompts))
     found = [text.tokens for text in own]

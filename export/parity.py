@@ -38,7 +38,7 @@ from tinylm_export.parity_report import (
     RuntimeReport,
 )
 from tinylm_export.parity_runtime import OrtRuntime, ParityRuntime
-from tinylm_export.parity_trt import TorchReferences, TrtRuntime, compare_engine
+from tinylm_export.parity_trt import TorchReferences, TrtRuntime, bisect_layers, compare_engine
 from tinylm_export.to_onnx import ONNX_FILE, ExportInfo, source_checkpoint
 
 Progress = Callable[[str, float], None]
@@ -162,6 +162,7 @@ def run_parity(
     native: bool | None = None,
     engines: Sequence[str | Path] = (),
     generation: GenerationSettings | None = None,
+    bisect: bool = False,
     data: dict[str, Any] | None = None,
     progress: Progress = lambda text, fraction: None,
 ) -> ParityReport:
@@ -179,6 +180,8 @@ def run_parity(
             require it, False for the function bodies.
         engines: Engine directories that were built from the exported one.
         generation: Greedy texts to compare, for engines; default none.
+        bisect: Build each engine once more with every layer's output marked, to name the first one
+            that departs.
         data: Where the tokens came from, for the report.
         progress: Told the phase and how much of it is done, 0 to 1.
 
@@ -219,6 +222,9 @@ def run_parity(
     references = TorchReferences(model, batch, rows_at_once, logits)
     for engine in opened:
         found = compare_engine(engine, batch, references, progress)
+        if bisect:
+            layers = bisect_layers(engine, directory, batch, references, progress)
+            found = dataclasses.replace(found, layers=layers)
         if generation is not None:
             texts = compare_texts(engine, directory, batch, generation, native, progress)
             found = dataclasses.replace(found, generation=texts)

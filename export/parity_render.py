@@ -13,7 +13,6 @@ from tinylm_export.parity_report import (
     GenerationAgreement,
     HeadEffect,
     LogitAgreement,
-    LogitLimits,
     ParityReport,
     RuntimeReport,
 )
@@ -65,8 +64,8 @@ def _logits_table(report: ParityReport) -> Table:
     for runtime in report.runtimes:
         for agreement in runtime.logits:
             row(runtime.runtime, agreement, _verdict(agreement.passed))
-        if runtime.own is not None:
-            row("  PyTorch's own", runtime.own, Text("-", style="dim"))
+        for agreement in runtime.own:
+            row("  PyTorch's own", agreement, Text("-", style="dim"))
     table.add_section()
     row("PyTorch *", report.yardstick, Text("-", style="dim"))
     table.caption = (
@@ -76,11 +75,13 @@ def _logits_table(report: ParityReport) -> Table:
     )
     for runtime in report.runtimes:
         table.caption += f"\n{runtime.runtime} {runtime.version}: {runtime.kernels}"
-        limits = runtime.logits[0].limits
-        if limits != LogitLimits():
+        if runtime.own:
             table.caption += (
-                f"; limits: mean KL {limits.mean_kl:.2g}, top-1 {limits.top1_agreement:.2%}"
+                f"; limits: mean KL {limit('half_kl_ratio'):g} times PyTorch's own, top-1 "
+                f"{limit('half_top1_drop'):.1%} below it"
             )
+        elif runtime.logits[0].limits.max_abs is None:
+            table.caption += "; max |Δ| not limited"
     return table
 
 

@@ -28,8 +28,8 @@ class LogitLimits:
         """Return an engine's limits.
 
         Args:
-            own: How PyTorch's own run in the engine's type agrees with PyTorch float32; None for a
-                float32 engine.
+            own: How PyTorch's own run in the engine's type agrees with PyTorch float32 at the same
+                positions; None for a float32 engine.
         """
         if own is None:
             return cls(max_abs=None)
@@ -196,7 +196,8 @@ class RuntimeReport:
         logits: One entry a phase.
         bit_linears: One entry a BitLinear, in forward order; none for an engine.
         layers: One entry a node, in execution order; none for an engine without marked nodes.
-        own: PyTorch's own run in an engine's bf16 or fp16, which sets the engine's limits.
+        own: PyTorch's own run in an engine's bf16 or fp16 at the positions of each phase, which
+            sets the engine's limits; none for float32.
         generation: How greedy texts agree, if that was asked for.
     """
 
@@ -206,7 +207,7 @@ class RuntimeReport:
     logits: list[LogitAgreement]
     bit_linears: list[BitLinearAgreement]
     layers: list[LayerDifference]
-    own: LogitAgreement | None = None
+    own: list[LogitAgreement] = dataclasses.field(default_factory=list)
     generation: list[GenerationAgreement] = dataclasses.field(default_factory=list)
 
     @property
@@ -220,8 +221,11 @@ class RuntimeReport:
     @property
     def passed(self) -> bool:
         """Whether logits, every BitLinear and the generated texts agree."""
-        checks = (*self.logits, *self.bit_linears, *self.generation)
-        return all(check.passed for check in checks)
+        return (
+            all(agreement.passed for agreement in self.logits)
+            and all(layer.passed for layer in self.bit_linears)
+            and all(texts.passed for texts in self.generation)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

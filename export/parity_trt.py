@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,25 +12,23 @@ import torch
 from torch import Tensor
 
 from tinylm.bitlinear import PackedBitLinear
-from tinylm.directory import sha256
 from tinylm.errors import ExportError
 from tinylm.model import TinyLM
 from tinylm_export.logit_meter import LogitMeter
+from tinylm_export.manifest import EngineManifest
 from tinylm_export.parity_batch import (
     ParityBatch,
     layer_difference,
     merge_differences,
     row_batches,
 )
-from tinylm_export.parity_nodes import engine_values
+from tinylm_export.parity_nodes import engine_nodes, engine_values
 from tinylm_export.parity_reference import run_reference
 from tinylm_export.parity_report import (
     LayerDifference,
-    LogitAgreement,
     LogitLimits,
     RuntimeReport,
 )
-from tinylm_export.to_onnx import ONNX_FILE
 from tinylm_export.tolerances import limit
 from tinylm_export.trt_session import TrtSession
 
@@ -60,19 +60,14 @@ class TrtRuntime:
     """
 
     def __init__(self, engine: Path, directory: Path) -> None:
-        self.session = TrtSession(engine)
-        manifest = self.session.manifest
-        found = sha256(directory / ONNX_FILE)
-        if manifest.onnx_sha256 != found:
-            raise ExportError(
-                f"{engine} was built from an ONNX file with SHA-256 {manifest.onnx_sha256}, found "
-                f"{found} in {directory}. Build it again with `tinylm-export trt`."
-            )
+        manifest = EngineManifest.load(engine)
+        manifest.check_onnx(engine, directory)
         if manifest.dense:
             raise ExportError(
                 f"{engine} is a --dense engine: it quantises no activations, so it says something "
                 "else on purpose. Only `tinylm-export bench` takes it."
             )
+        self.session = TrtSession(engine)
         self.name = f"TensorRT {engine.resolve().name}"
         self.longest_row = min(self.session.limits.capacity, self.session.limits.length)
         self.rows_at_once = min(_ROWS_AT_ONCE, self.session.limits.batch_size)
@@ -102,8 +97,7 @@ class TorchReferences:
         self, model: TinyLM, batch: ParityBatch, rows_at_once: int, logits: Tensor
     ) -> None:
         self._model, self._batch, self._rows = model, batch, rows_at_once
-        self._logits = {str(model.config.activation): logits}
-        self._own: dict[tuple[str, str], LogitAgreement] = {}
+        self._logits = {(str(model.config.activation), "fp32"): logits}
 
     def model(self, activation: str, dtype: str = "fp32") -> TinyLM:
         """Return the model with that format of activations, its ternary codes as they are.
@@ -125,31 +119,16 @@ class TorchReferences:
             layer.weight_scale = scale
         return model
 
-    def logits(self, activation: str) -> Tensor:
-        """Return PyTorch's float32 logits [B, S, V]."""
-        if activation not in self._logits:
+    def logits(self, activation: str, dtype: str = "fp32") -> Tensor:
+        """Return PyTorch's logits [B, S, V] in that type, as float32."""
+        if (activation, dtype) not in self._logits:
             logits = torch.zeros_like(next(iter(self._logits.values())))
-            model, done = self.model(activation), 0
+            model, done = self.model(activation, dtype), 0
             for ids, lens in row_batches(self._batch, self._rows):
                 logits[done : done + len(ids), : ids.shape[1]] = _run(model, ids, lens)
                 done += len(ids)
-            self._logits[activation] = logits
-        return self._logits[activation]
-
-    def own(self, activation: str, dtype: str) -> LogitAgreement | None:
-        """Compare PyTorch's own run in a half-precision type with float32; None for float32."""
-        if dtype not in HALF_DTYPES:
-            return None
-        if (activation, dtype) not in self._own:
-            meter = LogitMeter("prefill")
-            reference, model, done = self.logits(activation), self.model(activation, dtype), 0
-            for ids, lens in row_batches(self._batch, self._rows):
-                mask = torch.arange(ids.shape[1]) < lens[:, None]
-                part = reference[done : done + len(ids), : ids.shape[1]]
-                meter.add(part[mask], _run(model, ids, lens)[mask])
-                done += len(ids)
-            self._own[activation, dtype] = meter.result()
-        return self._own[activation, dtype]
+            self._logits[activation, dtype] = logits
+        return self._logits[activation, dtype]
 
 
 @torch.no_grad()
@@ -172,22 +151,28 @@ def compare_engine(
         progress: Told the phase and how much of it is done.
     """
     reference = references.logits(runtime.activation)
-    own = references.own(runtime.activation, runtime.dtype)
-    limits = LogitLimits.of_engine(own)
-    phases = []
+    own_logits = None
+    if runtime.dtype in HALF_DTYPES:
+        own_logits = references.logits(runtime.activation, runtime.dtype)
+    phases, own_phases = [], []
     for phase, plan in {
         "prefill": _prefill_plan,
         "chunked prefill": _chunk_plan,
         "decode": _decode_plan,
     }.items():
-        meter, done = LogitMeter(phase, limits), 0
+        meter, own_meter, done = LogitMeter(phase), LogitMeter(phase), 0
         for part in _parts(batch, runtime.rows_at_once):
             rows = slice(done, done + len(part.seq_lens))
-            for runs in plan(part, runtime.session.all_logits):
-                _feed(runtime.session, part, runs, reference[rows], meter)
+            for steps in plan(part, runtime.session.all_logits):
+                for index, found in _feed(runtime.session, part, steps):
+                    meter.add(reference[rows][index], found)
+                    if own_logits is not None:
+                        own_meter.add(reference[rows][index], own_logits[rows][index])
             done += len(part.seq_lens)
             progress(f"{runtime.name}: {phase}", done / len(batch.seq_lens))
-        phases.append(meter.result())
+        own = None if own_logits is None else own_meter.result()
+        phases.append(dataclasses.replace(meter.result(), limits=LogitLimits.of_engine(own)))
+        own_phases += [] if own is None else [own]
     return RuntimeReport(
         runtime=runtime.name,
         version=runtime.session.manifest.tensorrt_version,
@@ -195,7 +180,7 @@ def compare_engine(
         logits=phases,
         bit_linears=[],
         layers=compare_layers(runtime, batch, references),
-        own=own,
+        own=own_phases,
     )
 
 
@@ -244,35 +229,33 @@ def _decode_plan(part: ParityBatch, all_logits: bool) -> Iterator[list[Tensor]]:
 
 
 def _feed(
-    session: TrtSession,
-    part: ParityBatch,
-    steps: list[Tensor],
-    reference: Tensor,
-    meter: LogitMeter,
-) -> None:
-    """Do the steps of a run and compare every logit that they give.
+    session: TrtSession, part: ParityBatch, steps: list[Tensor]
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Do the steps of a run over an empty cache.
 
     Args:
-        session: The engine; its cache is started anew.
+        session: The engine.
         part: The rows.
         steps: seq_lens [B] of each step.
-        reference: PyTorch's logits [B, S, V] of these rows.
-        meter: Takes the differences.
+
+    Yields:
+        For each step the positions whose logits it gives, as indices of rows and columns [M], and
+        the logits [M, V].
     """
     rows = torch.arange(len(part.seq_lens))
     session.start(len(rows), int(part.seq_lens.max()))
     position = torch.zeros_like(part.seq_lens)
     for counts in steps:
-        columns = position[:, None] + torch.arange(int(counts.max()))
+        columns = position[:, None] + torch.arange(int(counts.max()))  # [B, S]
         columns = columns.clamp_max(part.input_ids.shape[1] - 1)
         logits = session.step(part.input_ids.gather(1, columns), counts)
         position = position + counts
         if logits.ndim == 3:
             valid = torch.arange(columns.shape[1]) < counts[:, None]
-            meter.add(reference[rows[:, None], columns][valid], logits[valid])
+            yield (rows[:, None].expand_as(columns)[valid], columns[valid]), logits[valid]
         else:
             active = counts > 0
-            meter.add(reference[rows, (position - 1).clamp_min(0)][active], logits[active])
+            yield (rows[active], (position - 1)[active]), logits[active]
 
 
 def compare_layers(
@@ -315,3 +298,44 @@ def compare_layers(
         )
         for node, parts in found.items()
     ]
+
+
+def bisect_layers(
+    runtime: TrtRuntime,
+    directory: Path,
+    batch: ParityBatch,
+    references: TorchReferences,
+    progress: Progress,
+) -> list[LayerDifference]:
+    """Build an engine as this one was, with every layer's output marked, and compare the layers.
+
+    TensorRT may choose other kernels where an output is marked, but for the plugins' layers.
+
+    Args:
+        runtime: The engine to look into.
+        directory: What ``tinylm-export onnx`` wrote.
+        batch: The rows.
+        references: PyTorch's runs.
+        progress: Told how far it is.
+
+    Returns:
+        One entry a layer, in execution order.
+    """
+    from tinylm_export.to_engine import build_engine
+
+    manifest = runtime.session.manifest
+    with tempfile.TemporaryDirectory() as folder:
+        debug = Path(folder) / "debug"
+        progress(f"{runtime.name}: build the debug engine", 0.0)
+        build_engine(
+            directory,
+            debug,
+            dtype=manifest.dtype,
+            fp8_act=manifest.activation == "fp8_e4m3",
+            max_batch_size=manifest.max_batch_size,
+            max_seq_len=manifest.max_seq_len,
+            all_logits=manifest.all_logits,
+            mark_nodes=list(engine_nodes(runtime.session.config.num_layers)),
+        )
+        progress(f"{runtime.name}: build the debug engine", 1.0)
+        return compare_layers(TrtRuntime(debug, directory), batch, references)

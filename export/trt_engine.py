@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from tinylm.directory import check_sums
 from tinylm.errors import ExportError
+from tinylm_export import gpu_sdk
 from tinylm_export.manifest import MANIFEST_FILE, EngineManifest
 
 ENGINE_FILE = "model.engine"
@@ -23,11 +25,13 @@ def import_tensorrt() -> Any:
 
     Raises:
         ExportError: They are not installed, or TensorRT's libraries are not found.
+        NativeToolError: TensorRT's libraries can't be loaded.
     """
+    gpu_sdk.load_tensorrt()  # the bindings' own search knows only the loader's folders
     reasons = []
     for name in ("tensorrt", "tensorrt_bindings"):
         try:
-            return __import__(name)
+            return importlib.import_module(name)
         except (ImportError, OSError) as error:
             reasons.append(f"{name}: {error}")
     raise ExportError(
@@ -85,6 +89,7 @@ class TrtEngine:
         manifest: What was built, for which machine.
         engine: TensorRT's ``ICudaEngine``.
         logger: Keeps TensorRT's errors; ``last()`` returns them.
+        plugins: The plugin library that was loaded; None if the engine needs none beside it.
         trt: The module.
 
     Raises:
@@ -98,17 +103,16 @@ class TrtEngine:
         if verify:
             required = (ENGINE_FILE, MANIFEST_FILE, "config.json")
             check_sums(directory, required=required, error=ExportError, hint=_HINT)
-        self.trt = import_tensorrt()
-        require_gpu()
-        plugins = self._plugin_library()
         self.manifest.check(directory)
+        self.trt = import_tensorrt()
+        self.plugins = self._plugin_library()
         self.logger = make_logger(self.trt)
         self._runtime = self.trt.Runtime(self.logger)
-        if plugins is None:
+        if self.plugins is None:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            load_plugins(self._runtime.get_plugin_registry(), plugins, self.logger)
+            load_plugins(self._runtime.get_plugin_registry(), self.plugins, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())

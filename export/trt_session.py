@@ -36,54 +36,83 @@ class EngineLimits:
 
 
 class _Cache:
-    """The device memory of one batch size and capacity, and the graph of its decode step.
+    """The device memory of one batch size and capacity, and the graphs of its decode step.
 
     Args:
         engine: TensorRT's engine.
         dtypes: PyTorch's types by tensor name.
         batch_size: B.
         capacity: C.
+        in_place: Whether a step writes present.* over past.*, as plugins do. A dense engine can't:
+            it reads one set of buffers and writes another, and they change places.
     """
 
     def __init__(
-        self, engine: Any, dtypes: dict[str, torch.dtype], batch_size: int, capacity: int
+        self,
+        engine: Any,
+        dtypes: dict[str, torch.dtype],
+        batch_size: int,
+        capacity: int,
+        *,
+        in_place: bool,
     ) -> None:
         self.batch_size, self.capacity = batch_size, capacity
         self.lens_on_host = torch.zeros(batch_size, dtype=torch.int64)
         self.past_lens = torch.zeros(batch_size, dtype=torch.int32, device="cuda")
         self.seq_lens = torch.zeros_like(self.past_lens)
         self.next_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device="cuda")
-        self.past = {
-            name: torch.zeros(
-                batch_size,
-                capacity,
-                *tuple(engine.get_tensor_shape(name))[2:],
-                dtype=dtype,
-                device="cuda",
-            )
-            for name, dtype in dtypes.items()
+        shapes = {
+            name: (batch_size, capacity, *tuple(engine.get_tensor_shape(name))[2:])
+            for name in dtypes
             if name.startswith("past.")
         }
+        self._sets = [
+            {n: torch.zeros(s, dtype=dtypes[n], device="cuda") for n, s in shapes.items()}
+            for _ in range(1 if in_place else 2)
+        ]
+        self.current = 0
         self.decode_outputs: dict[str, Tensor] = {}
-        self.warm = False
-        self.graph: torch.cuda.CUDAGraph | None = None
+        # By ``current``: a graph holds the addresses that it was captured with.
+        self.warm: set[int] = set()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.clear()
 
+    @property
+    def past(self) -> dict[str, Tensor]:
+        """What the next step reads."""
+        return self._sets[self.current]
+
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """What the next step writes."""
+        return self._sets[-1 - self.current]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether both are the same buffers."""
+        return len(self._sets) == 1
+
+    def advance(self) -> None:
+        """Let the next step read what the last one wrote."""
+        self.current = (self.current + 1) % len(self._sets)
+
     def clear(self) -> None:
-        """Make it empty; addresses and the graph stay."""
+        """Make it empty; addresses and graphs stay."""
+        self.current = 0
         self.lens_on_host.zero_()
         self.past_lens.zero_()
-        for name, buffer in self.past.items():
-            # Ones, not zeros: an empty slot then divides to 0 rather than to NaN.
-            buffer.fill_(1 if name.endswith(".scale") else 0)
+        for buffers in self._sets:
+            for name, buffer in buffers.items():
+                # Ones, not zeros: an empty slot then divides to 0 rather than to NaN.
+                buffer.fill_(1 if name.endswith(".scale") else 0)
 
 
 class TrtSession:
     """Cached steps of an engine; the same interface as the ONNX Runtime session.
 
     The cache lives in buffers that are inputs and outputs of the engine at once, so no step copies
-    it. A step of one token a row is captured into a CUDA graph when it is done the second time, and
-    replayed from then on.
+    it; only a dense engine has two sets of them. A step of one token a row is captured into a CUDA
+    graph when it is done the second time, and replayed from then on.
 
     Args:
         directory: What ``tinylm-export trt`` wrote.
@@ -91,11 +120,12 @@ class TrtSession:
         cuda_graph: Whether decode steps become a CUDA graph; the results are the same.
 
     Attributes:
-        config: The model's.
+        config: The model's, with max_seq_len no larger than the engine takes.
         info: How the ONNX model was exported.
         manifest: What was built, for which machine.
         limits: The largest sizes that the engine takes.
         kernels: What runs the layers, as a text for people.
+        plugins: The plugin library that was loaded; None if the engine needs none beside it.
         all_logits: Whether steps give logits at every position.
         node_values: Values of marked nodes in the last step [B, S, width], by node name; empty for
             an engine without marked nodes.
@@ -112,7 +142,8 @@ class TrtSession:
         self.directory = Path(directory)
         self._loaded = TrtEngine(self.directory, verify=verify)
         self.manifest = self._loaded.manifest
-        self.config = ModelConfig.load(self.directory / "config.json")
+        self.plugins = self._loaded.plugins
+        model = ModelConfig.load(self.directory / "config.json")
         self.info = ExportInfo.load(self.directory)
         self._engine = engine = self._loaded.engine
         trt = self._loaded.trt
@@ -120,12 +151,14 @@ class TrtSession:
         self._dtypes = {name: _torch_dtype(trt, engine.get_tensor_dtype(name)) for name in names}
         outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         self._extra_outputs = [n for n in outputs if not n.startswith("present.")]
-        self._check_tensors(names)
+        self._check_tensors(names, model.num_layers)
         self.limits = EngineLimits(
             batch_size=self._maximum("input_ids", 0),
-            capacity=self._maximum("past.0.latent", 1),
+            capacity=self._maximum(next(n for n in names if n.startswith("past.")), 1),
             length=self._maximum("input_ids", 1),
         )
+        # The context is what the engine takes, which may be less than the model does.
+        self.config = model.replace(max_seq_len=min(self.limits.capacity, model.max_seq_len))
         self.all_logits = len(engine.get_tensor_shape("logits")) == 3
         self.kernels = f"TensorRT {trt.__version__}, {self.manifest.describe()}"
         self.node_values: dict[str, Tensor] = {}
@@ -148,8 +181,15 @@ class TrtSession:
                 cache.clear()
                 return
             self._cache = None  # its memory is free before the next is taken
-            self._cache = cache = _Cache(self._engine, self._dtypes, batch_size, capacity)
+            self._cache = cache = _Cache(
+                self._engine,
+                self._dtypes,
+                batch_size,
+                capacity,
+                in_place=not self.manifest.dense,
+            )
             for context in self._contexts:
+                self._bind_shapes(context, cache)
                 self._bind_cache(context, cache)
 
     def step(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
@@ -185,42 +225,49 @@ class TrtSession:
                 if name != "logits"
             }
         cache.lens_on_host += seq_lens
+        cache.advance()
         return logits
 
     def _decode(self, cache: _Cache) -> dict[str, Tensor]:
         """Do a step of one token a row; buffers and graph are made in the first two of them."""
-        context = self._contexts[DECODE_PROFILE]
+        context, which = self._contexts[DECODE_PROFILE], cache.current
         if not cache.decode_outputs:
             cache.decode_outputs = self._bind_step(context, cache.next_ids)
-        if cache.graph is not None:
-            cache.graph.replay()
-        elif self._cuda_graph and cache.warm:
+        if which in cache.graphs:
+            cache.graphs[which].replay()
+        elif self._cuda_graph and which in cache.warm:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._execute(context, cache)
-            cache.graph = graph
+            cache.graphs[which] = graph
             graph.replay()  # capturing runs nothing
         else:
             self._execute(context, cache)
-            cache.warm = True
+            cache.warm.add(which)
         return cache.decode_outputs
 
     def _execute(self, context: Any, cache: _Cache) -> None:
         """Run a step and count its tokens, both on the device."""
+        if not cache.in_place:
+            self._bind_cache(context, cache)
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise ExportError(
                 f"{self.directory}: TensorRT failed in a step: {self._loaded.logger.last()}."
             )
         cache.past_lens.add_(cache.seq_lens)
 
-    def _bind_cache(self, context: Any, cache: _Cache) -> None:
+    def _bind_shapes(self, context: Any, cache: _Cache) -> None:
         for name, buffer in cache.past.items():
             context.set_input_shape(name, tuple(buffer.shape))
-            context.set_tensor_address(name, buffer.data_ptr())
-            context.set_tensor_address(name.replace("past", "present", 1), buffer.data_ptr())
         for name, buffer in (("past_lens", cache.past_lens), ("seq_lens", cache.seq_lens)):
             context.set_input_shape(name, tuple(buffer.shape))
             context.set_tensor_address(name, buffer.data_ptr())
+
+    def _bind_cache(self, context: Any, cache: _Cache) -> None:
+        for name, buffer in cache.past.items():
+            context.set_tensor_address(name, buffer.data_ptr())
+            present = name.replace("past", "present", 1)
+            context.set_tensor_address(present, cache.present[name].data_ptr())
 
     def _bind_step(self, context: Any, input_ids: Tensor) -> dict[str, Tensor]:
         """Bind the tokens and new buffers for what the step gives."""
@@ -299,20 +346,22 @@ class TrtSession:
         _, _, largest = self._engine.get_tensor_profile_shape(name, PREFILL_PROFILE)
         return int(tuple(largest)[dimension])
 
-    def _check_tensors(self, names: list[str]) -> None:
+    def _check_tensors(self, names: list[str], num_layers: int) -> None:
         """Check that the engine is one of ours for the model of config.json."""
-        parts = {
-            f"{side}.{layer}.{part}"
-            for side in ("past", "present")
-            for layer in range(self.config.num_layers)
+        past = {
+            f"past.{layer}.{part}"
+            for layer in range(num_layers)
             for part in ("latent", "scale", "rope")
         }
-        expected = parts | {*_STATE_INPUTS, "logits"}
+        if self.manifest.dense:  # its cache is of another kind
+            past = {name for name in names if name.startswith("past.")} or past
+        present = {name.replace("past", "present", 1) for name in past}
+        expected = past | present | {*_STATE_INPUTS, "logits"}
         missing = sorted(expected - set(names))
         if missing or self._engine.num_optimization_profiles != 2:
             raise ExportError(
                 f"{self.directory}: expected an engine with 2 profiles and {len(expected)} tensors "
-                f"for config.json's {self.config.num_layers} layers, found "
+                f"for config.json's {num_layers} layers, found "
                 f"{self._engine.num_optimization_profiles} profiles and {len(names)} tensors "
                 f"(missing: {', '.join(missing[:3]) or 'none'}). Build it again with "
                 "`tinylm-export trt`."
