@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 from collections import deque
 from pathlib import Path
@@ -16,6 +18,7 @@ from tinylm_export.manifest import MANIFEST_FILE, EngineManifest
 
 ENGINE_FILE = "model.engine"
 _HINT = "Build the engine again with `tinylm-export trt DIR --out ENGINE_DIR`."
+_BESIDE = ("libnvinfer_plugin", "libnvonnxparser")
 _KEPT_MESSAGES = 5
 _loaded_plugins: set[Path] = set()
 
@@ -27,7 +30,7 @@ def import_tensorrt() -> Any:
         ExportError: They are not installed, or TensorRT's libraries are not found.
         NativeToolError: TensorRT's libraries can't be loaded.
     """
-    gpu_sdk.load_tensorrt()  # the bindings' own search knows only the loader's folders
+    _load_libraries()
     reasons = []
     for name in ("tensorrt", "tensorrt_bindings"):
         try:
@@ -38,6 +41,18 @@ def import_tensorrt() -> Any:
         f"TensorRT can't be imported ({'; '.join(reasons)}). `tinylm-export doctor` says what is "
         "missing and how to get it."
     )
+
+
+def _load_libraries() -> None:
+    """Load what the bindings are linked to; their own search knows only the loader's folders."""
+    folder = gpu_sdk.find_libraries()
+    if folder is None or gpu_sdk.load_tensorrt(folder) is None:
+        return
+    for name in _BESIDE:
+        for path in sorted(folder.glob(f"{name}.so.{gpu_sdk.library_major(folder)}")):
+            # One that can't be loaded is named by the bindings' own error.
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def require_gpu() -> None:
