@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -24,11 +25,18 @@ from tinylm.config import ModelConfig
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
 from tinylm_export.bench_report import BenchReport, BenchSettings, RuntimeResult, Spread, render
-from tinylm_export.bench_worker import ORT_RUNTIMES, RUNTIMES, WorkerSettings
+from tinylm_export.bench_worker import (
+    ENGINE_RUNTIME,
+    ORT_RUNTIMES,
+    RUNTIMES,
+    WorkerSettings,
+)
 from tinylm_export.machine import describe_machine
+from tinylm_export.manifest import EngineManifest
 from tinylm_export.native import BUILD_COMMAND, NativeInfo, choose
 from tinylm_export.ort_session import import_onnxruntime
 from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
+from tinylm_export.trt_engine import ENGINE_FILE
 
 __all__ = ["BenchReport", "BenchSettings", "check_answers", "render", "run_bench"]
 
@@ -44,9 +52,13 @@ def run_bench(
     checkpoint: str | Path | None = None,
     runtimes: Sequence[str] | None = None,
     native: bool | None = None,
+    engines: Sequence[str | Path] = (),
     show_progress: bool = False,
 ) -> BenchReport:
-    """Measure every runtime that is there.
+    """Measure every runtime that is there, and TensorRT engines.
+
+    Engines in half precision round differently and dense ones do not quantise, so they need not
+    give the tokens that the others give; the report says how many they do.
 
     Args:
         directory: What ``tinylm-export onnx`` wrote.
@@ -55,6 +67,7 @@ def run_bench(
         runtimes: Keys of :data:`tinylm_export.bench_worker.RUNTIMES`; default all that are there.
         native: What ``"onnxruntime"`` runs the custom ops by: None for the native library if there
             is one, True to require it, False for the function bodies.
+        engines: Engine directories, each a runtime called ``tensorrt:NAME``.
         show_progress: Whether to show a progress bar on stderr, if that is a terminal.
 
     Raises:
@@ -68,10 +81,14 @@ def run_bench(
     config = ModelConfig.load(directory / "config.json")
     _check(directory, info, config, settings)
     source, problem = _find_checkpoint(directory, info, checkpoint)
-    chosen, left_out = _choose(runtimes, checkpoint_problem=problem, library=choose(native))
+    chosen, left_out = _choose(
+        runtimes, checkpoint_problem=problem, library=choose(native), engines=engines
+    )
+    engine_of = check_engines(engines, directory)
     requests = {
         name: WorkerSettings(
-            runtime=name,
+            runtime=ENGINE_RUNTIME if name in engine_of else name,
+            engine=str(engine_of[name]) if name in engine_of else None,
             directory=str(directory),
             checkpoint=str(source) if source else None,
             activation=info.activation,
@@ -81,12 +98,12 @@ def run_bench(
             num_threads=settings.num_threads,
             native=native,
         )
-        for name in chosen
+        for name in (*chosen, *engine_of)
     }
     measurements = _measure(requests, settings, show_progress=show_progress)
     capacity = settings.prompt_len + settings.new_tokens
     cache = LatentCache(config, settings.batch_size, capacity, device="meta")
-    steps = measurements[chosen[0]].answer["tokens"]
+    steps = next(iter(measurements.values())).answer["tokens"]
     return BenchReport(
         directory=str(directory),
         checkpoint=str(source) if source else None,
@@ -98,7 +115,9 @@ def run_bench(
                 settings,
                 measured,
                 cache_bytes=cache.num_bytes(),
-                file_bytes=_file_bytes(name, directory, source),
+                file_bytes=_file_bytes(name, directory, source, engine_of.get(name)),
+                table_bytes=_table_bytes(config, engine_of.get(name)),
+                same_tokens=_count_same(steps, measured.answer["tokens"]),
             )
             for name, measured in measurements.items()
         ),
@@ -134,7 +153,13 @@ def _measure(
         for name, worker in workers.items():
             step(f"{name}: answer")
             found[name].answer = worker.ask("answer")
-        check_answers({name: measured.answer for name, measured in found.items()})
+        check_answers(
+            {
+                name: measured.answer
+                for name, measured in found.items()
+                if requests[name].runtime != ENGINE_RUNTIME
+            }
+        )
         for run in range(num_runs):
             for name, worker in workers.items():
                 step(f"{name}: run {run + 1} of {num_runs}")
@@ -173,7 +198,11 @@ def _find_checkpoint(
 
 
 def _choose(
-    wanted: Sequence[str] | None, *, checkpoint_problem: str, library: NativeInfo | None
+    wanted: Sequence[str] | None,
+    *,
+    checkpoint_problem: str,
+    library: NativeInfo | None,
+    engines: Sequence[str | Path] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Return the runtimes to measure, and why others are left out."""
     left_out = {}
@@ -195,7 +224,7 @@ def _choose(
             f"onnxruntime runs the function bodies already; build the library: {BUILD_COMMAND}"
         )
     chosen = [name for name in RUNTIMES if name not in left_out and name in (wanted or RUNTIMES)]
-    if not chosen:
+    if not chosen and not engines:
         reasons = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ExportError(f"no runtime is there to measure. {reasons}")
     return chosen, left_out
@@ -218,6 +247,8 @@ def check_answers(answers: dict[str, dict[str, Any]]) -> None:
         ExportError: They differ; names the first step and row, with both tokens and the lead that
             each had over the next best one.
     """
+    if not answers:
+        return
     (reference, expected), *others = answers.items()
     for name, found in others:
         for step, (want, have) in enumerate(zip(expected["tokens"], found["tokens"], strict=True)):
@@ -240,6 +271,8 @@ def _result(
     *,
     cache_bytes: int,
     file_bytes: int,
+    table_bytes: int | None,
+    same_tokens: int,
 ) -> RuntimeResult:
     prompt_tokens = settings.batch_size * settings.prompt_len
     new_tokens = settings.batch_size * settings.new_tokens
@@ -260,10 +293,54 @@ def _result(
         peak_rss_bytes=peak,
         cache_bytes=cache_bytes,
         file_bytes=file_bytes,
+        layer_bytes=None if table_bytes is None else file_bytes - table_bytes,
+        same_tokens=same_tokens,
     )
 
 
-def _file_bytes(name: str, directory: Path, checkpoint: Path | None) -> int:
+def _count_same(expected: list[list[int]], found: list[list[int]]) -> int:
+    """Return how many tokens [steps][batch] come before the first difference of their row."""
+    rows = zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True)
+    pairs = (zip(want, have, strict=True) for want, have in rows)
+    return sum(sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], row)) for row in pairs)
+
+
+def check_engines(engines: Sequence[str | Path], directory: Path) -> dict[str, Path]:
+    """Check that engines were built from an exported directory.
+
+    Returns:
+        Their directories by the name of the runtime, ``tensorrt:NAME``.
+
+    Raises:
+        ExportError: Another directory than an engine's, an engine of another ONNX file, or two of
+            one name.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, engines):
+        EngineManifest.load(path).check_onnx(path, directory)
+        name = f"{ENGINE_RUNTIME}:{path.resolve().name}"
+        if name in found:
+            raise ExportError(
+                f"{path} and {found[name]} are both called {name}. Rename one of the directories."
+            )
+        found[name] = path
+    return found
+
+
+def _table_bytes(config: ModelConfig, engine: Path | None) -> int | None:
+    """Return what embedding and head take in an engine; None for other runtimes."""
+    if engine is None:
+        return None
+    num_tables = 1 if config.tie_embeddings else 2
+    size = 4 if EngineManifest.load(engine).dtype == "fp32" else 2
+    return num_tables * config.vocab_size * config.hidden_size * size
+
+
+def _file_bytes(
+    name: str, directory: Path, checkpoint: Path | None, engine: Path | None = None
+) -> int:
+    if engine is not None:
+        return (engine / ENGINE_FILE).stat().st_size
     if name in ORT_RUNTIMES:
         return sum((directory / file).stat().st_size for file in (ONNX_FILE, DATA_FILE))
     assert checkpoint is not None

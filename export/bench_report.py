@@ -84,6 +84,9 @@ class RuntimeResult:
         peak_rss_bytes: Largest resident set, libraries included.
         cache_bytes: The latent cache of the batch.
         file_bytes: The files it loads weights and graph from.
+        layer_bytes: An engine's file without embedding and head; None for other runtimes.
+        same_tokens: New tokens of all rows that are the first runtime's, up to a row's first
+            difference.
     """
 
     runtime: str
@@ -98,6 +101,8 @@ class RuntimeResult:
     peak_rss_bytes: int | None
     cache_bytes: int
     file_bytes: int
+    layer_bytes: int | None
+    same_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class BenchReport:
         machine: See :func:`tinylm_export.machine.describe_machine`.
         results: In the order in which they ran.
         left_out: Why a runtime was not measured, by its name.
-        tokens: The greedy tokens that all gave, [B, new_tokens + 1].
+        tokens: The greedy tokens of the first runtime, [B, new_tokens + 1].
     """
 
     directory: str
@@ -141,6 +146,8 @@ def render(report: BenchReport) -> RenderableType:
     for result in report.results:
         table.add_column(result.runtime, justify="right")
     results = report.results
+    num_tokens = sum(map(len, report.tokens))
+    same = all(r.same_tokens == num_tokens for r in results)
     for label, cells in {
         "kernels": [r.kernels for r in results],
         "prefill tokens/s": [f"{r.prefill_tokens_per_s:,.1f}" for r in results],
@@ -153,13 +160,19 @@ def render(report: BenchReport) -> RenderableType:
         "largest resident set": [_megabytes(r.peak_rss_bytes) for r in results],
         "cache": [_megabytes(r.cache_bytes) for r in results],
         "files": [_megabytes(r.file_bytes) for r in results],
+        "without embedding, head": [
+            "" if r.layer_bytes is None else _megabytes(r.layer_bytes) for r in results
+        ],
+        "same greedy tokens": [f"{r.same_tokens} of {num_tokens}" for r in results],
     }.items():
+        if not any(cells):
+            continue
         table.add_row(label, *cells)
     threads = settings.num_threads or "the runtime's own choice of"
     lines = [
         f"{machine['cpu']}, {machine['usable_cores']} cores, {threads} threads; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        *(["all give the same greedy tokens"] if len(results) > 1 else []),
+        *(["all give the same greedy tokens"] if same and len(results) > 1 else []),
         *(f"left out {name}: {reason}" for name, reason in report.left_out.items()),
     ]
     return Group(table, *(Text(line) for line in lines))

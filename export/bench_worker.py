@@ -40,7 +40,7 @@ class WorkerSettings:
     """What a worker is to run.
 
     Attributes:
-        runtime: A key of :data:`RUNTIMES`.
+        runtime: A key of :data:`RUNTIMES`, or :data:`ENGINE_RUNTIME`.
         directory: ONNX directory.
         checkpoint: The checkpoint it was exported from.
         activation: Number format of activations.
@@ -49,6 +49,7 @@ class WorkerSettings:
         new_tokens: Decode steps after the prompt.
         num_threads: Threads within an op; None for the runtime's own choice.
         native: Whether ``"onnxruntime"`` uses the native library; None if there is one.
+        engine: Engine directory for ``"tensorrt"``.
     """
 
     runtime: str
@@ -60,6 +61,7 @@ class WorkerSettings:
     new_tokens: int
     num_threads: int | None
     native: bool | None = None
+    engine: str | None = None
 
 
 def _torch_model(settings: WorkerSettings) -> TinyLM:
@@ -87,6 +89,13 @@ def _onnxruntime_bodies(settings: WorkerSettings) -> Session:
     return _onnxruntime(dataclasses.replace(settings, native=False))
 
 
+def _tensorrt(settings: WorkerSettings) -> Session:
+    from tinylm_export.trt_session import TrtSession
+
+    assert settings.engine is not None
+    return TrtSession(settings.engine)
+
+
 RUNTIMES: dict[str, Callable[[WorkerSettings], Session]] = {
     "pytorch": _pytorch,
     "pytorch-packed": _pytorch_packed,
@@ -94,6 +103,7 @@ RUNTIMES: dict[str, Callable[[WorkerSettings], Session]] = {
     "onnxruntime-bodies": _onnxruntime_bodies,
 }
 ORT_RUNTIMES = ("onnxruntime", "onnxruntime-bodies")
+ENGINE_RUNTIME = "tensorrt"  # one for each engine that is named
 
 
 class Worker:
@@ -118,12 +128,17 @@ class Worker:
             from tinylm_export.ort_session import import_onnxruntime
 
             import_onnxruntime()
+        if settings.runtime == ENGINE_RUNTIME:
+            from tinylm_export.trt_engine import import_tensorrt
+
+            import_tensorrt()
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         reset_peak()
         self._baseline = resident_bytes()
         start = time.perf_counter()
-        self._session = RUNTIMES[settings.runtime](settings)
+        make = _tensorrt if settings.runtime == ENGINE_RUNTIME else RUNTIMES[settings.runtime]
+        self._session = make(settings)
         seconds = time.perf_counter() - start
         self._settings = settings
         kernels = getattr(self._session, "kernels", "PyTorch")

@@ -9,7 +9,7 @@ import enum
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,10 @@ from tinylm.cli_shared import (
 )
 from tinylm.errors import DataError
 from tinylm_export.cli_native import app as native_app
+from tinylm_export.cli_trt import trt
+
+if TYPE_CHECKING:
+    from tinylm_export.generation_parity import GenerationSettings
 
 DEFAULT_PARITY_TOKENS = 4096
 DEFAULT_PARITY_LENGTH = 256
@@ -40,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(native_app)
+app.command(epilog="Example: tinylm-export trt onnx --out engine --dtype bf16")(trt)
 
 
 class TaskChoice(str, enum.Enum):
@@ -73,6 +78,15 @@ NoNative = Annotated[
 CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="The checkpoint it was exported from, if it was moved."),
+]
+
+
+EngineOptions = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--engine",
+        help="A TensorRT engine of DIR, as `tinylm-export trt` wrote it; may be given again.",
+    ),
 ]
 
 
@@ -140,14 +154,44 @@ def parity(
         Path | None, typer.Option("--plot", help="Picture to write. Default: DIR-parity.png.")
     ] = None,
     no_native: NoNative = False,
+    engine: EngineOptions = None,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            "--prompts", min=0, help="Prompts that engines continue greedily, to compare."
+        ),
+    ] = 0,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, help="New tokens of each prompt.")
+    ] = 256,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect",
+            help="Build each engine again with every layer's output marked, and name the first "
+            "layer out of tolerance.",
+        ),
+    ] = False,
+    program: Annotated[
+        Path | None,
+        typer.Option("--program", help="tinylm-run, to compare its ids too; needs --prompts."),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Prove that PyTorch and each runtime say the same; exit 1 if they don't.
 
-    Rows of different lengths are prefilled, and decoded token by token over the cache.
+    Rows of different lengths are prefilled, and decoded token by token over the cache; engines
+    prefill them in chunks as well.
     """
+    from tinylm_export.generation_parity import make_settings
+
     _prove(
         directory,
+        engines=engine or (),
+        bisect=bisect,
+        generation=make_settings(
+            num_prompts, new_tokens, program=program, num_engines=len(engine or ())
+        ),
         file=file,
         checkpoint=checkpoint,
         num_tokens=num_tokens,
@@ -167,6 +211,9 @@ def _prove(
     length: int = DEFAULT_PARITY_LENGTH,
     plot: Path | None = None,
     native: bool | None = None,
+    engines: Sequence[Path] = (),
+    generation: GenerationSettings | None = None,
+    bisect: bool = False,
     json: Path | None = None,
 ) -> None:
     """Run parity, show it, and exit with 1 if it fails."""
@@ -194,6 +241,9 @@ def _prove(
             num_tokens=num_tokens,
             length=length,
             native=native,
+            engines=engines,
+            generation=generation,
+            bisect=bisect,
             data=data,
             progress=progress,
         )
@@ -311,11 +361,12 @@ def bench(
         int | None, typer.Option("--threads", min=1, help="Threads. Default: the runtime's.")
     ] = None,
     no_native: NoNative = False,
+    engine: EngineOptions = None,
     json: Json = None,
 ) -> None:
     """Measure prefill and decode speed and memory of each runtime that is there.
 
-    The runtimes must give the same tokens first; they are then timed in turns.
+    The runtimes must give the same tokens first, engines excepted; they are then timed in turns.
     """
     from rich.console import Console
 
@@ -334,6 +385,7 @@ def bench(
         checkpoint=checkpoint,
         runtimes=runtime,
         native=False if no_native else None,
+        engines=engine or (),
         show_progress=True,
     )
     Console().print(render(report))

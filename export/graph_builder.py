@@ -18,14 +18,20 @@ class GraphBuilder:
 
     Every value gets a type and a shape when it is made, so that the finished graph can be read in
     a viewer and checked against shape inference.
+
+    Args:
+        name: The graph's name.
+        constants: A builder to share initializers with; default none.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, constants: GraphBuilder | None = None) -> None:
         self._name = name
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
-        self._initializers: dict[str, ir.Value] = {}
+        self._initializers: dict[str, ir.Value] = (
+            {} if constants is None else constants._initializers
+        )
 
     def input(self, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
         """Add a graph input."""

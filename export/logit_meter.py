@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinylm_export.parity_report import LogitAgreement
+from tinylm_export.parity_report import LogitAgreement, LogitLimits
 
 _POSITIONS_AT_ONCE = 64
 
@@ -14,11 +14,13 @@ class LogitMeter:
     """Adds up how a phase's logits agree with PyTorch's.
 
     Args:
-        phase: ``"prefill"`` or ``"decode"``.
+        phase: ``"prefill"``, ``"chunked prefill"`` or ``"decode"``.
+        limits: What the figures are judged by; default float32's.
     """
 
-    def __init__(self, phase: str) -> None:
+    def __init__(self, phase: str, limits: LogitLimits | None = None) -> None:
         self.phase = phase
+        self.limits = limits or LogitLimits()
         self.count = 0
         self.top1 = 0
         self.max_abs = self.sum_abs = self.sum_kl = self.max_kl = 0.0
@@ -52,4 +54,5 @@ class LogitMeter:
             mean_kl=max(self.sum_kl / self.count, 0.0),
             max_kl=self.max_kl,
             top1_agreement=self.top1 / self.count,
+            limits=self.limits,
         )

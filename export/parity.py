@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,22 @@ from torch import Tensor
 
 from tinylm.bitlinear import BitLinear
 from tinylm.checkpoint import load_model
-from tinylm.errors import DataError
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
 from tinylm_export.bit_linear_model import BitLinearWeights
+from tinylm_export.generation_parity import GenerationSettings, compare_texts
 from tinylm_export.head_effect import head_effect
 from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.machine import describe_machine
 from tinylm_export.op_probe import Probe, compare_bit_linear, merge, norm_path, read_weights
+from tinylm_export.parity_batch import (
+    ParityBatch,
+    layer_difference,
+    make_batch,
+    merge_differences,
+    row_batches,
+)
 from tinylm_export.parity_reference import bit_linear_names, run_reference
 from tinylm_export.parity_report import (
     BitLinearAgreement,
@@ -31,67 +38,12 @@ from tinylm_export.parity_report import (
     RuntimeReport,
 )
 from tinylm_export.parity_runtime import OrtRuntime, ParityRuntime
+from tinylm_export.parity_trt import TorchReferences, TrtRuntime, bisect_layers, compare_engine
 from tinylm_export.to_onnx import ONNX_FILE, ExportInfo, source_checkpoint
 
 Progress = Callable[[str, float], None]
 # Every inner value of a batch is held twice, PyTorch's and the runtime's.
 _TOKENS_AT_ONCE = 512
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParityBatch:
-    """Held-out rows of different lengths.
-
-    Attributes:
-        input_ids: int64 [B, S], right-padded.
-        seq_lens: int64 [B].
-        prompt_lens: int64 [B], how much of each row is prefilled before decoding.
-    """
-
-    input_ids: Tensor
-    seq_lens: Tensor
-    prompt_lens: Tensor
-
-
-def make_batch(tokens: Tensor, length: int, num_tokens: int) -> ParityBatch:
-    """Cut a token stream into rows of different lengths.
-
-    Args:
-        tokens: int64 [N], held-out tokens.
-        length: Longest row.
-        num_tokens: Least tokens in all rows together.
-
-    Raises:
-        DataError: There are fewer tokens than that.
-    """
-    if len(tokens) < num_tokens:
-        raise DataError(
-            f"parity needs {num_tokens} held-out tokens, found {len(tokens)}. Give a longer --file "
-            "or a smaller --tokens."
-        )
-    spread = max(1, length // 8)
-    lens: list[int] = []
-    while sum(lens) < num_tokens:
-        lens.append(length - 7 * len(lens) % spread)
-    seq_lens = torch.tensor(lens)
-    ids = torch.zeros(len(lens), length, dtype=torch.int64)
-    start = 0
-    for row, count in enumerate(lens):
-        taken = tokens[start : start + count]
-        if len(taken) < count:  # the last row takes the last tokens
-            taken = tokens[-count:]
-        ids[row, :count] = taken
-        start += count
-    prompts = torch.tensor([max(1, length // 4 + 5 * row % spread) for row in range(len(lens))])
-    return ParityBatch(
-        input_ids=ids, seq_lens=seq_lens, prompt_lens=torch.minimum(prompts, seq_lens - 1)
-    )
-
-
-def _row_batches(batch: ParityBatch, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(batch.seq_lens), rows):
-        lens = batch.seq_lens[start : start + rows]
-        yield batch.input_ids[start : start + rows, : int(lens.max())], lens
 
 
 def compare_prefill(
@@ -109,24 +61,25 @@ def compare_prefill(
     """
     names = bit_linear_names(model)
     probes = {name: _probe(model, graph, name, runtime.probe) for name in names}
-    codes = {name: _bit_linear(model, name).weight_codes(torch.float32)[0] for name in names}
+    codes = {n: _bit_linear(model, n).weight_codes(torch.float32)[0].cpu() for n in names}
     meter = LogitMeter("prefill")
     linears: dict[str, list[BitLinearAgreement]] = {name: [] for name in names}
     layers: dict[str, list[LayerDifference]] = {}
     logits = torch.zeros(*batch.input_ids.shape, model.config.vocab_size)
     done = 0
-    for ids, lens in _row_batches(batch, rows_at_once):
+    for ids, lens in row_batches(batch, rows_at_once):
         reference = run_reference(model, ids, lens)
         mask = torch.arange(ids.shape[1]) < lens[:, None]
         found = runtime.prefill(ids, lens, list(reference.values))
         meter.add(reference.logits[mask], found["logits"][mask])
         for node, value in reference.values.items():
-            layers.setdefault(node, []).append(_difference(node, value, found[node][mask]))
+            layers.setdefault(node, []).append(layer_difference(node, value, found[node][mask]))
         for name in names:
             norm = _norm(model, name)
             x = reference.norm_inputs[norm_path(name)]
+            weight = norm.weight.cpu()
             linears[name].append(
-                compare_bit_linear(name, x, norm.weight, norm.eps, codes[name], probes[name])
+                compare_bit_linear(name, x, weight, norm.eps, codes[name], probes[name])
             )
         logits[done : done + len(ids), : ids.shape[1]] = reference.logits
         done += len(ids)
@@ -134,7 +87,7 @@ def compare_prefill(
     return (
         meter.result(),
         [merge(parts) for parts in linears.values()],
-        [_merge_differences(parts) for parts in layers.values()],
+        [merge_differences(parts) for parts in layers.values()],
         logits,
     )
 
@@ -156,27 +109,6 @@ def _probe(
 ) -> Probe:
     activation, eps = _bit_linear(model, name).activation, _norm(model, name).eps
     return make(read_weights(graph, name, activation, eps))
-
-
-def _difference(node: str, reference: Tensor, found: Tensor) -> LayerDifference:
-    difference = (found.double() - reference.double()).abs().max()
-    return LayerDifference(
-        node=node,
-        max_abs=float(difference),
-        relative=float(difference / reference.double().abs().max().clamp_min(1e-30)),
-        num_different=int((found != reference).sum()),
-        num_values=reference.numel(),
-    )
-
-
-def _merge_differences(parts: list[LayerDifference]) -> LayerDifference:
-    return LayerDifference(
-        node=parts[0].node,
-        max_abs=float(torch.tensor([p.max_abs for p in parts]).max()),
-        relative=float(torch.tensor([p.relative for p in parts]).max()),
-        num_different=sum(p.num_different for p in parts),
-        num_values=sum(p.num_values for p in parts),
-    )
 
 
 def compare_decode(
@@ -228,10 +160,15 @@ def run_parity(
     num_tokens: int = 4096,
     length: int | None = None,
     native: bool | None = None,
+    engines: Sequence[str | Path] = (),
+    generation: GenerationSettings | None = None,
+    bisect: bool = False,
     data: dict[str, Any] | None = None,
     progress: Progress = lambda text, fraction: None,
 ) -> ParityReport:
-    """Compare PyTorch with every runtime that an exported directory has.
+    """Compare PyTorch with every runtime that an exported directory has, and with engines of it.
+
+    PyTorch runs on the GPU where there is one.
 
     Args:
         directory: What ``tinylm-export onnx`` wrote.
@@ -241,6 +178,10 @@ def run_parity(
         length: Longest row; default 256, or the context if that is shorter.
         native: What runs the custom ops: None for the native library if there is one, True to
             require it, False for the function bodies.
+        engines: Engine directories that were built from the exported one.
+        generation: Greedy texts to compare, for engines; default none.
+        bisect: Build each engine once more with every layer's output marked, to name the first one
+            that departs.
         data: Where the tokens came from, for the report.
         progress: Told the phase and how much of it is done, 0 to 1.
 
@@ -252,8 +193,11 @@ def run_parity(
     """
     directory = Path(directory)
     info = ExportInfo.load(directory)
-    model = _load_reference(directory, info, checkpoint)
-    length = min(length or 256, model.config.max_seq_len)
+    opened = [TrtRuntime(Path(engine), directory) for engine in engines]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _load_reference(directory, info, checkpoint).to(device)
+    longest = [model.config.max_seq_len, *(runtime.longest_row for runtime in opened)]
+    length = min(length or 256, *longest)
     batch = make_batch(tokens, length, num_tokens)
     graph = ir.load(directory / ONNX_FILE)
     rows_at_once = max(1, _TOKENS_AT_ONCE // length)
@@ -275,12 +219,22 @@ def run_parity(
                 layers=layers,
             )
         )
+    references = TorchReferences(model, batch, rows_at_once, logits)
+    for engine in opened:
+        found = compare_engine(engine, batch, references, progress)
+        if bisect:
+            layers = bisect_layers(engine, directory, batch, references, progress)
+            found = dataclasses.replace(found, layers=layers)
+        if generation is not None:
+            texts = compare_texts(engine, directory, batch, generation, native, progress)
+            found = dataclasses.replace(found, generation=texts)
+        runtimes.append(found)
     yardstick = _yardstick(model, batch, rows_at_once, logits)
     head = None
     if info.lm_head == "int8":
         plain = dataclasses.replace(info, lm_head="float32")
         whole = _load_reference(directory, plain, checkpoint)
-        head = head_effect(whole, _row_batches(batch, rows_at_once), logits)
+        head = head_effect(whole, row_batches(batch, rows_at_once), logits)
     return ParityReport(
         model={"num_parameters": model.num_parameters(), **model.config.to_dict()},
         data={"num_rows": len(batch.seq_lens), "longest_row": length, **(data or {})},
@@ -303,11 +257,13 @@ def _yardstick(
 ) -> LogitAgreement:
     """Compare PyTorch's ordinary float32 arithmetic with its own wide one."""
     meter = LogitMeter("prefill")
+    device = model.embed_tokens.weight.device
     done = 0
     with ordinary_float32():
-        for ids, lens in _row_batches(batch, rows_at_once):
+        for ids, lens in row_batches(batch, rows_at_once):
             mask = torch.arange(ids.shape[1]) < lens[:, None]
             part = reference[done : done + len(ids), : ids.shape[1]]
-            meter.add(part[mask], model(ids, mask)[mask])
+            found = model(ids.to(device), mask.to(device)).cpu()
+            meter.add(part[mask], found[mask])
             done += len(ids)
     return meter.result()

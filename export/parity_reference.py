@@ -28,7 +28,11 @@ class Reference:
 
 @torch.no_grad()
 def run_reference(model: TinyLM, input_ids: Tensor, seq_lens: Tensor) -> Reference:
-    """Run a right-padded batch [B, S] and keep what each node of the exported graph computes."""
+    """Run a right-padded batch [B, S] and keep what each node of the exported graph computes.
+
+    The model may be on any device and of any type; what is kept is float32 on the CPU.
+    """
+    device = model.embed_tokens.weight.device
     mask = torch.arange(input_ids.shape[1]) < seq_lens[:, None]
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -39,17 +43,17 @@ def run_reference(model: TinyLM, input_ids: Tensor, seq_lens: Tensor) -> Referen
             continue
 
         def keep(_module: object, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-            inputs[name], outputs[name] = args[0].detach(), out.detach()
+            inputs[name], outputs[name] = (t.detach().float().cpu() for t in (args[0], out))
 
         handles.append(module.register_forward_hook(keep))
     try:
-        logits = model(input_ids, mask)
+        logits = model(input_ids.to(device), mask.to(device)).float().cpu()
     finally:
         for handle in handles:
             handle.remove()
     values = {node: value[mask] for node, value in _by_node(model, inputs, outputs).items()}
     norms = {norm_path(name) for name in bit_linear_names(model)}
-    return Reference(logits.float(), values, {n: inputs[n][mask].float() for n in norms})
+    return Reference(logits, values, {n: inputs[n][mask] for n in norms})
 
 
 def bit_linear_names(model: TinyLM) -> list[str]:

@@ -8,7 +8,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinylm_export.parity_report import HeadEffect, LogitAgreement, ParityReport, RuntimeReport
+from tinylm_export.parity_nodes import engine_nodes
+from tinylm_export.parity_report import (
+    GenerationAgreement,
+    HeadEffect,
+    LogitAgreement,
+    ParityReport,
+    RuntimeReport,
+)
 from tinylm_export.tolerances import TOLERANCES, limit
 
 _FLOOR = 1e-9  # where a difference of exactly zero stands on a logarithmic axis
@@ -22,8 +29,11 @@ def render(report: ParityReport) -> RenderableType:
     """Return the report as rich tables."""
     parts: list[RenderableType] = [_logits_table(report)]
     for runtime in report.runtimes:
-        parts.append(_bit_linear_table(runtime))
-        parts.append(_layer_line(runtime))
+        if runtime.bit_linears:
+            parts.append(_bit_linear_table(runtime))
+        if runtime.layers:
+            parts.append(_layer_line(runtime))
+        parts += [_generation_line(runtime, texts) for texts in runtime.generation]
     if report.head is not None:
         parts.append(_head_line(report.head))
     return Group(*parts)
@@ -54,6 +64,8 @@ def _logits_table(report: ParityReport) -> Table:
     for runtime in report.runtimes:
         for agreement in runtime.logits:
             row(runtime.runtime, agreement, _verdict(agreement.passed))
+        for agreement in runtime.own:
+            row("  PyTorch's own", agreement, Text("-", style="dim"))
     table.add_section()
     row("PyTorch *", report.yardstick, Text("-", style="dim"))
     table.caption = (
@@ -63,7 +75,29 @@ def _logits_table(report: ParityReport) -> Table:
     )
     for runtime in report.runtimes:
         table.caption += f"\n{runtime.runtime} {runtime.version}: {runtime.kernels}"
+        if runtime.own:
+            table.caption += (
+                f"; limits: mean KL {limit('half_kl_ratio'):g} times PyTorch's own, top-1 "
+                f"{limit('half_top1_drop'):.1%} below it"
+            )
+        elif runtime.logits[0].limits.max_abs is None:
+            table.caption += "; max |Δ| not limited"
     return table
+
+
+def _generation_line(runtime: RuntimeReport, texts: GenerationAgreement) -> Text:
+    same = texts.num_prompts - len(texts.differences)
+    line = (
+        f"{runtime.runtime}: {same} of {texts.num_prompts} greedy texts of {texts.num_tokens} "
+        f"tokens are {texts.other}'s"
+    )
+    for difference in texts.differences:
+        gap = "not known" if difference.gap is None else f"{difference.gap:.1e}"
+        line += (
+            f"\n  prompt {difference.prompt}, new token {difference.position}: {texts.other} "
+            f"{difference.expected}, found {difference.found}; top-2 logit gap {gap}"
+        )
+    return Text(line, style="" if texts.passed else "bold red")
 
 
 def _bit_linear_table(runtime: RuntimeReport) -> Table:
@@ -125,17 +159,24 @@ def plot(report: ParityReport, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    width = min(24.0, max(9.0, 0.11 * len(report.runtimes[0].layers)))
+    nodes = [layer.node for layer in report.runtimes[0].layers]
+    fused = engine_nodes(report.model["num_layers"])
+    width = min(24.0, max(9.0, 0.11 * len(nodes)))
     figure, axes = plt.subplots(figsize=(width, 5), layout="constrained")
-    for runtime in report.runtimes:
+    shown = [runtime for runtime in report.runtimes if runtime.layers]
+    for runtime in shown:
+        # A node of an engine stands where the first of those that it joins stands.
+        places = [nodes.index(fused.get(x.node, (x.node,))[0]) for x in runtime.layers]
+        if runtime is report.runtimes[0]:
+            places = list(range(len(nodes)))
         relative = [max(layer.relative, _FLOOR) for layer in runtime.layers]
-        axes.plot(relative, marker="o", markersize=3, linewidth=0.8, label=runtime.runtime)
+        axes.plot(places, relative, marker="o", markersize=3, linewidth=0.8, label=runtime.runtime)
         first = runtime.first_departure
         if first is not None:
             index = [layer.node for layer in runtime.layers].index(first)
             axes.annotate(
                 f"first departure:\n{first}",
-                (index, relative[index]),
+                (places[index], relative[index]),
                 xytext=(0, 18),
                 textcoords="offset points",
                 ha="center",
@@ -145,11 +186,10 @@ def plot(report: ParityReport, path: Path) -> None:
     departure = TOLERANCES["layer_departure"].limit
     axes.axhline(departure, color="tab:red", linewidth=0.8, linestyle="--", label="departure")
     axes.axhline(_FLOOR, color="gray", linewidth=0.8, linestyle=":", label="equal bit for bit")
-    nodes = [layer.node for layer in report.runtimes[0].layers]
     step = max(1, len(nodes) // 66)
     axes.set_xticks(range(0, len(nodes), step), nodes[::step], rotation=90, fontsize=6)
     axes.set_yscale("log")
-    axes.set_ylim(_FLOOR / 3, max(1.0, *(x.relative for r in report.runtimes for x in r.layers)))
+    axes.set_ylim(_FLOOR / 3, max(1.0, *(x.relative for r in shown for x in r.layers)))
     axes.set_ylabel("max |difference| / max |value|")
     axes.set_title(
         f"Node outputs against PyTorch float32, {report.model['activation']} activations"

@@ -64,6 +64,38 @@ _TABLE = (
         "Relative to the largest value of the layer: 100 float32 roundings. A layer above it is "
         "where to look first.",
     ),
+    Tolerance(
+        "half_kl_ratio",
+        1.25,
+        "An engine in bf16 or fp16 rounds as often as PyTorch in that type does, in other places. "
+        "Its mean KL may be so many times that of PyTorch's own run; two runs that round at random "
+        "differ by a few per cent over thousands of tokens.",
+    ),
+    Tolerance(
+        "half_top1_drop",
+        0.002,
+        "How far its top-1 agreement may lie below that of PyTorch's own run: four in 2,000 "
+        "tokens, whose two best logits lie closer than the type's rounding.",
+    ),
+    Tolerance(
+        "engine_layer_departure",
+        3e-2,
+        "Relative to the largest value of the layer, for a float32 engine. Its kernels carry sums "
+        "in float32, so that an activation may round the other way; one step is a 127th of a "
+        "token's largest activation. A wrong layer is off by its whole size.",
+    ),
+    Tolerance(
+        "half_layer_ratio",
+        3.0,
+        "Relative to how far the same layer of PyTorch's own bf16 or fp16 run departs: the largest "
+        "of many differences varies more than their mean.",
+    ),
+    Tolerance(
+        "generation_gap",
+        1e-3,
+        "Greedy generation may take another token only where the two best logits lie closer than "
+        "this. After that the texts are different ones.",
+    ),
 )
 
 TOLERANCES: dict[str, Tolerance] = {tolerance.name: tolerance for tolerance in _TABLE}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import make_engine_directory, needs_gpu
 from export_helpers import PLAIN, make_checkpoint, make_export
 from native_helpers import LIBRARY, needs_library
 from rich.console import Console
@@ -15,10 +17,11 @@ from tinylm import TinyLM
 from tinylm.directory import SUMS_FILE, write_checksums
 from tinylm.errors import CheckpointError, ConfigError, ExportError
 from tinylm.latent_cache import LatentCache
-from tinylm_export.bench import check_answers, run_bench
+from tinylm_export.bench import _count_same, check_answers, check_engines, run_bench
 from tinylm_export.bench_report import BenchReport, BenchSettings, Spread, render
 from tinylm_export.bench_worker import ORT_RUNTIMES, RUNTIMES
 from tinylm_export.to_onnx import DATA_FILE, EXPORT_FILE, ONNX_FILE, export_onnx
+from tinylm_export.trt_engine import ENGINE_FILE
 
 SMALL = BenchSettings(batch_size=2, prompt_len=6, new_tokens=4, repeats=3, warmup=1, num_threads=1)
 
@@ -191,6 +194,57 @@ def test_altered_files_are_named_by_the_worker(
     (copy / DATA_FILE).write_bytes((copy / DATA_FILE).read_bytes()[:-1])
     with pytest.raises(ExportError, match=r"runtime 'onnxruntime': .*truncated or altered"):
         run_bench(copy, SMALL, runtimes=["onnxruntime"])
+
+
+def test_engines_are_checked_before_anything_runs(
+    exported: tuple[TinyLM, Path], tmp_path: Path
+) -> None:
+    engine = make_engine_directory(exported[1], tmp_path / "a" / "trt")
+    assert check_engines([engine], exported[1]) == {"tensorrt:trt": engine}
+    same = make_engine_directory(exported[1], tmp_path / "b" / "trt")
+    with pytest.raises(ExportError, match=r"are both called tensorrt:trt\. Rename"):
+        run_bench(exported[1], SMALL, engines=[engine, same])
+    other = make_engine_directory(exported[1], tmp_path / "c", onnx_sha256="0" * 64)
+    with pytest.raises(ExportError, match=r"another model\.onnx: expected SHA-256 0+, found"):
+        run_bench(exported[1], SMALL, engines=[other])
+    (engine / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"runtime 'tensorrt:trt': .*(TensorRT|altered)"):
+        run_bench(exported[1], SMALL, engines=[engine], runtimes=["onnxruntime"])
+
+
+def test_an_engine_is_shown_with_its_size_and_tokens(report: BenchReport) -> None:
+    first = report.results[0]
+    engine = dataclasses.replace(
+        first, runtime="tensorrt:trt", layer_bytes=1_230_000, same_tokens=first.same_tokens - 3
+    )
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(render(dataclasses.replace(report, results=(first, engine))))
+    text = captured.get()
+    assert "1.23 MB" in text and "7 of 10" in text and "10 of 10" in text
+    assert "all give the same" not in text
+
+
+def test_tokens_count_up_to_the_first_difference_of_each_row() -> None:
+    expected = [[1, 9], [2, 8], [3, 7]]  # [steps][batch]
+    assert _count_same(expected, expected) == 6
+    assert _count_same(expected, [[1, 9], [0, 8], [3, 7]]) == 4
+    assert _count_same(expected, [[0, 0], [2, 8], [3, 7]]) == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_engines_are_measured(exported: tuple[TinyLM, Path], tmp_path: Path) -> None:
+    from tinylm_export.to_engine import build_engine
+
+    engines = [tmp_path / "plugins", tmp_path / "dense"]
+    for engine in engines:
+        build_engine(exported[1], engine, max_batch_size=2, dense=engine.name == "dense")
+    report = run_bench(exported[1], SMALL, engines=engines, runtimes=["pytorch"])
+    assert [r.runtime for r in report.results] == ["pytorch", "tensorrt:plugins", "tensorrt:dense"]
+    for result, engine in zip(report.results[1:], engines, strict=True):
+        assert result.file_bytes == (engine / ENGINE_FILE).stat().st_size
+        assert result.decode_tokens_per_s.median > 0 and result.same_tokens >= 0
 
 
 @pytest.mark.parametrize(

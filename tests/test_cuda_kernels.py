@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import cuda_kernels
@@ -235,21 +236,23 @@ LIMITS = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_attention_on_random_shapes(decode: bool) -> None:
-    flips = 0
+    flips = compared = 0
     for seed in range(NUM_SHAPES):
         case = Attention(seed, decode=decode)
         expected, found = case.expected(), case.found()
         steps = (found[1].int() - expected[1].int()).abs()
         assert steps.max() <= 1, seed
         flips += int((steps != 0).sum())
+        compared += steps.numel()
         torch.testing.assert_close(found[2], expected[2], rtol=1e-6, atol=0, equal_nan=True)
-        torch.testing.assert_close(
-            found[3].float(), expected[3].float(), rtol=0, atol=1e-6, equal_nan=True
-        )
+        # A key may round the other way, to the neighbouring value of its type.
+        keys = {"rtol": torch.finfo(case.dtype).eps, "atol": 1e-6, "equal_nan": True}
+        torch.testing.assert_close(found[3], expected[3], **keys)
+        flips += int((found[3] != expected[3]).logical_and(expected[3].isfinite()).sum())
         size = expected[0].double().abs().max().clamp_min(1e-3)
         worst = (found[0].double() - expected[0].double()).abs().max() / size
         assert worst <= LIMITS[case.dtype], (seed, case.dtype, case.shape, float(worst))
-    assert flips <= 20
+    assert flips <= 1e-5 * compared, f"{flips} of {compared}"
 
 
 def test_attention_repeats_are_the_same_in_every_bit() -> None:
@@ -283,5 +286,5 @@ def test_unsupported_shapes_say_why() -> None:
         num_heads=2, nope_dim=8, rope_dim=6, value_dim=8, theta=1e4, eps=1e-5, softmax_scale=1.0
     )
     sizes = cuda_kernels.attention_sizes(shape, 64, 1, 1, 8, torch.float32)
-    reason = cuda_kernels.library().tinylm_latent_attention_unsupported(sizes)
+    reason = cuda_kernels.library().tinylm_latent_attention_unsupported(ctypes.byref(sizes))
     assert b"multiples of 4" in reason

@@ -18,7 +18,8 @@ from tinylm.directory import write_checksums
 from tinylm.errors import CheckpointError, DataError, ExportError
 from tinylm_export.logit_meter import LogitMeter
 from tinylm_export.op_probe import _step_index
-from tinylm_export.parity import make_batch, run_parity
+from tinylm_export.parity import run_parity
+from tinylm_export.parity_batch import make_batch
 from tinylm_export.parity_render import plot, render
 from tinylm_export.parity_report import BitLinearAgreement, ParityReport
 from tinylm_export.to_onnx import export_onnx

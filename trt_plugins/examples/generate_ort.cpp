@@ -7,6 +7,7 @@
 #include <string>
 
 #include "runtime/generate.h"
+#include "runtime/ort_model.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 
 namespace tinylm {
 
-std::vector<std::int64_t> generate(OrtModel& model, const std::vector<std::int64_t>& prompt_ids,
+std::vector<std::int64_t> generate(CachedModel& model, const std::vector<std::int64_t>& prompt_ids,
                                    std::int64_t max_new_tokens, std::optional<std::int64_t> eos,
                                    const TokenCallback& on_token) {
   const auto prompt_length = static_cast<std::int64_t>(prompt_ids.size());

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "ort_model.h"
+#include "cached_model.h"
 
 namespace tinylm {
 
@@ -23,8 +23,8 @@ using TokenCallback = std::function<bool(std::int64_t token)>;
 /// @return The new tokens, `eos` included where it was chosen.
 /// @throws std::invalid_argument The prompt is empty, holds an id that is not in the vocabulary, or
 ///     leaves no room in the context; or max_new_tokens is negative.
-/// @throws std::runtime_error ONNX Runtime failed.
-std::vector<std::int64_t> generate(OrtModel& model, const std::vector<std::int64_t>& prompt_ids,
+/// @throws std::runtime_error The runtime failed.
+std::vector<std::int64_t> generate(CachedModel& model, const std::vector<std::int64_t>& prompt_ids,
                                    std::int64_t max_new_tokens,
                                    std::optional<std::int64_t> eos = std::nullopt,
                                    const TokenCallback& on_token = nullptr);

@@ -118,8 +118,6 @@ struct OrtModel::Impl {
   void start(std::int64_t batch_size, std::int64_t capacity);
   void set_length(std::int64_t length);
   void bind_logits();
-  void check_step(const std::vector<std::int64_t>& ids, std::int64_t length,
-                  const std::vector<std::int32_t>& seq_lens) const;
   Logits step(const std::vector<std::int64_t>& ids, std::int64_t length,
               const std::vector<std::int32_t>& seq_lens);
 
@@ -159,15 +157,7 @@ OrtModel::Impl::Impl(const std::filesystem::path& directory, const OrtOptions& o
 }
 
 void OrtModel::Impl::start(std::int64_t batch_size, std::int64_t capacity) {
-  if (batch_size < 1) {
-    throw std::invalid_argument("batch_size must be at least 1, found " +
-                                std::to_string(batch_size) + ".");
-  }
-  if (capacity < 1 || capacity > config.max_seq_len) {
-    throw std::invalid_argument(
-        "capacity must be from 1 to max_seq_len = " + std::to_string(config.max_seq_len) +
-        ", found " + std::to_string(capacity) + ".");
-  }
+  check_start(batch_size, capacity, config.max_seq_len);
   const OrtApi& api = ort_api();
   Cache fresh;
   fresh.binding = make_handle<BindingHandle>(
@@ -206,48 +196,11 @@ void OrtModel::Impl::set_length(std::int64_t length) {
   if (info.all_logits) bind_logits();
 }
 
-void OrtModel::Impl::check_step(const std::vector<std::int64_t>& ids, std::int64_t length,
-                                const std::vector<std::int32_t>& seq_lens) const {
-  if (static_cast<std::int64_t>(seq_lens.size()) != cache.batch_size || seq_lens.empty()) {
-    throw std::invalid_argument("the cache has " + std::to_string(cache.batch_size) +
-                                " rows and the input " + std::to_string(seq_lens.size()) +
-                                ". Call start() with the batch size first.");
-  }
-  if (length < 1 || static_cast<std::int64_t>(ids.size()) != cache.batch_size * length) {
-    throw std::invalid_argument("ids must hold batch_size * length tokens, " +
-                                std::to_string(cache.batch_size) + " * " + std::to_string(length) +
-                                ", and at least one a row, found " + std::to_string(ids.size()) +
-                                ".");
-  }
-  for (std::size_t row = 0; row < seq_lens.size(); ++row) {
-    if (seq_lens[row] < 0 || seq_lens[row] > length) {
-      throw std::invalid_argument("seq_lens of row " + std::to_string(row) +
-                                  " must be from 0 to length = " + std::to_string(length) +
-                                  ", found " + std::to_string(seq_lens[row]) + ".");
-    }
-    const std::int64_t needed = std::int64_t{cache.past_lens.data[row]} + seq_lens[row];
-    if (needed > cache.capacity) {
-      throw std::invalid_argument("the cache holds " + std::to_string(cache.capacity) +
-                                  " tokens a row and row " + std::to_string(row) + " needs " +
-                                  std::to_string(needed) +
-                                  ". Start with a larger capacity or give fewer tokens.");
-    }
-  }
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= config.vocab_size) {
-      throw std::invalid_argument(
-          "ids must be from 0 to below vocab_size " + std::to_string(config.vocab_size) +
-          ", found " + std::to_string(ids[i]) + " at position " +
-          std::to_string(static_cast<std::int64_t>(i) % length) + " of row " +
-          std::to_string(static_cast<std::int64_t>(i) / length) +
-          ". Use the tokenizer of the model's directory.");
-    }
-  }
-}
-
 Logits OrtModel::Impl::step(const std::vector<std::int64_t>& ids, std::int64_t length,
                             const std::vector<std::int32_t>& seq_lens) {
-  check_step(ids, length, seq_lens);
+  const std::int32_t* past = cache.past_lens.data;
+  check_step(config.vocab_size, {past, past + cache.batch_size}, cache.capacity, ids, length,
+             seq_lens);
   set_length(length);
   std::copy(ids.begin(), ids.end(), cache.input_ids.data);
   std::copy(seq_lens.begin(), seq_lens.end(), cache.seq_lens.data);

@@ -1,6 +1,8 @@
 // What becomes of an exact sum: y = sum * weight_scale / s, rounded once, and the residual.
 #pragma once
 
+#include <type_traits>
+
 #include "quantize_row.cuh"
 
 namespace tinylm::cuda {
@@ -20,25 +22,57 @@ struct RowScales {
   const int* sums;
 };
 
-/// Stores y of one output and row, whose product with codes {0, 1, 2} is `acc`. int32 outputs get
-/// the bare sum.
-template <Activation kActivation, typename T>
-__device__ inline void store_output(const Output<T>& out, std::int64_t row, int column, int acc,
-                                    RowScale scale) {
-  const std::int64_t at = row * out.n + column;
-  const int sum = acc - scale.sum;
-  constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
-  const float y = static_cast<float>(sum) * kUnit * out.weight_scale[column] / scale.s;
-  const T value = from_float<T>(y);
-  out.y[at] = out.residual == nullptr
-                  ? value
-                  : from_float<T>(to_float(out.residual[at]) + to_float(value));
+/// The scale of one output; bare sums have none.
+template <typename T>
+__device__ inline float column_scale(const Output<T>& out, int column) {
+  return __ldg(out.weight_scale + column);
 }
+__device__ inline float column_scale(const Output<std::int32_t>&, int) { return 1.0F; }
 
-template <Activation kActivation>
-__device__ inline void store_output(const Output<std::int32_t>& out, std::int64_t row, int column,
-                                    int acc, RowScale scale) {
-  out.y[row * out.n + column] = acc - scale.sum;
-}
+/// Stores outputs of one row, whose products with codes {0, 1, 2} are `acc`.
+template <typename T>
+class RowOutput {
+ public:
+  __device__ RowOutput(const Output<T>& out, std::int64_t row, RowScale scale)
+      : y_(out.y + row * out.n),
+        residual_(out.residual == nullptr ? nullptr : out.residual + row * out.n),
+        scale_(scale),
+        inverse_(1.0F / scale.s) {}
+
+  template <Activation kActivation>
+  __device__ void store(int column, int acc, float weight_scale) const {
+    constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
+    const float scaled = static_cast<float>(acc - scale_.sum) * kUnit * weight_scale;
+    // Half precision rounds again: there a quotient is not worth its time.
+    const bool exact = std::is_same_v<T, float> || scale_.s == 0.0F;
+    const T value = from_float<T>(exact ? scaled / scale_.s : scaled * inverse_);
+    y_[column] = residual_ == nullptr
+                     ? value
+                     : from_float<T>(to_float(residual_[column]) + to_float(value));
+  }
+
+ private:
+  T* y_;
+  const T* residual_;  // may be y
+  RowScale scale_;
+  float inverse_;
+};
+
+/// int32 outputs are the bare sums.
+template <>
+class RowOutput<std::int32_t> {
+ public:
+  __device__ RowOutput(const Output<std::int32_t>& out, std::int64_t row, RowScale scale)
+      : y_(out.y + row * out.n), sum_(scale.sum) {}
+
+  template <Activation kActivation>
+  __device__ void store(int column, int acc, float) const {
+    y_[column] = acc - sum_;
+  }
+
+ private:
+  std::int32_t* y_;
+  int sum_;
+};
 
 }  // namespace tinylm::cuda

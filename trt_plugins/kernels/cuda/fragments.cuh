@@ -53,28 +53,27 @@ __device__ inline uint4 load_weights(const std::uint8_t* p) {
   return v;
 }
 
-/// Where a row's or a column's part of an address is among packed weights: a code's byte lies at the
-/// sum of both offsets, its bits at the sum of both shifts.
-struct CodePart {
-  std::int64_t offset;
-  int shift;
-};
-
-__device__ inline CodePart code_row(int row, int num_blocks) {
-  return {static_cast<std::int64_t>(row / 16) * num_blocks * kWeightBlockBytes + row % 8 * 64,
-          row % 16 / 8 * 2};
+/// Code -1, 0 or 1 as W, from a word's bits 2 * i + 8 * byte. Built from the bits of 2^23 or 2^52 plus
+/// the code, because conversions of integers are slow.
+template <typename W>
+__device__ inline W code_value(std::uint32_t word, int i, int byte);
+template <>
+__device__ inline float code_value<float>(std::uint32_t word, int i, int byte) {
+  return __uint_as_float(0x4b000000U | (word >> (2 * i + 8 * byte) & 3)) - 8388609.0F;
+}
+template <>
+__device__ inline double code_value<double>(std::uint32_t word, int i, int byte) {
+  return __hiloint2double(0x43300000, static_cast<int>(word >> (2 * i + 8 * byte) & 3)) -
+         4503599627370497.0;
 }
 
-__device__ inline CodePart code_column(int column) {
-  const int in_block = column % kBlockInputs, in_word = in_block % 32;
-  return {column / kBlockInputs * kWeightBlockBytes + in_word % 16 / 4 * 16 + in_block / 32 * 4 +
-              in_word % 4,
-          in_word / 16 * 4};
-}
-
-/// Code -1, 0 or 1.
-__device__ inline int code_at(const std::uint8_t* weight, CodePart row, CodePart column) {
-  return (weight[row.offset + column.offset] >> (row.shift + column.shift) & 3) - 1;
+/// One word of packed weights: rows 16 * row_block + g and + 8 of lane 4 * g + t, columns
+/// 32 * column_word + 16 * half + 4 * t + byte.
+__device__ inline std::uint32_t weight_word(const std::uint8_t* weight, int row_block,
+                                            int column_word, int num_blocks, int lane) {
+  const std::int64_t block = static_cast<std::int64_t>(row_block) * num_blocks + column_word / 4;
+  return __ldg(reinterpret_cast<const std::uint32_t*>(weight + block * kWeightBlockBytes) +
+               lane * 4 + column_word % 4);
 }
 
 }  // namespace tinylm::cuda

@@ -141,15 +141,39 @@ __global__ void __launch_bounds__(kAppendThreads)
     rotate_pair(q + args.nope_dim, rotated, half, i, cosine, sine);
   }
   __syncthreads();
-  for (int r = threadIdx.x; r < args.rank; r += kAppendThreads) {
-    const CodePart column = code_column(r);
-    W sum = 0;
-#pragma unroll 8
-    for (int d = 0; d < args.nope_dim; ++d) {
-      const CodePart code = code_row(first_row + d, args.kv_b_blocks());
-      sum += scaled[d] * static_cast<W>(code_at(args.kv_b, code, column));
+  // A warp takes 32 columns: its lanes hold two rows and eight columns of each 16 rows.
+  const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+  const int first_block = first_row / 16, last_block = (first_row + args.nope_dim - 1) / 16;
+  for (int word = threadIdx.x / 32; 32 * word < args.rank; word += kAppendThreads / 32) {
+    W sums[2][4] = {};
+#pragma unroll 2
+    for (int block = first_block; block <= last_block; ++block) {
+      const std::uint32_t codes = weight_word(args.kv_b, block, word, args.kv_b_blocks(), lane);
+      for (int u = 0; u < 2; ++u) {
+        const int d = 16 * block + g + 8 * u - first_row;
+        const W factor = d >= 0 && d < args.nope_dim ? scaled[d] : static_cast<W>(0);
+        for (int half_word = 0; half_word < 2; ++half_word) {
+          for (int j = 0; j < 4; ++j) {
+            sums[half_word][j] += factor * code_value<W>(codes, u + 2 * half_word, j);
+          }
+        }
+      }
     }
-    row[r] = sum;
+    for (auto& half_word : sums) {
+      for (W& sum : half_word) {
+        for (int offset = 4; offset < 32; offset *= 2) {
+          sum += __shfl_xor_sync(0xffffffffU, sum, offset);
+        }
+      }
+    }
+    for (int half_word = 0; half_word < 2; ++half_word) {
+      const int r = 32 * word + 16 * half_word + 4 * quad + g;
+      if (g < 4 && r < args.rank) {
+        W sum = sums[half_word][0];
+        for (int j = 1; j < 4; ++j) sum = g == j ? sums[half_word][j] : sum;
+        row[r] = sum;
+      }
+    }
   }
   for (int i = threadIdx.x; i < args.rope_dim; i += kAppendThreads) {
     row[args.rank + i] = static_cast<W>(to_float(rotated[i]));

@@ -6,6 +6,7 @@
 
 #include "latent_decode.cuh"
 #include "latent_prefill.cuh"
+#include "latent_tensor.cuh"
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 
@@ -83,6 +84,26 @@ cudaError_t append(const LatentArgs<T>& args, std::int64_t batch, float2* angles
   return cudaGetLastError();
 }
 
+/// Calls f(kernel, threads, bytes of shared memory) with what attends over one chunk.
+template <typename T, typename F>
+cudaError_t with_attend(const LatentArgs<T>& args, F f) {
+  using W = wide_t<T>;
+  if constexpr (!std::is_same_v<T, float>) {
+    const int bytes = TensorMemory{args.rank, args.rope_dim}.bytes();
+    if (args.rope_dim % 16 == 0) {
+      if (args.rank == 64) return f(latent_attend_tensor<1, T>, kTensorThreads, bytes);
+      if (args.rank == 128) return f(latent_attend_tensor<2, T>, kTensorThreads, bytes);
+      if (args.rank == 192) return f(latent_attend_tensor<3, T>, kTensorThreads, bytes);
+      if (args.rank == 256) return f(latent_attend_tensor<4, T>, kTensorThreads, bytes);
+      if (args.rank == 384) return f(latent_attend_tensor<6, T>, kTensorThreads, bytes);
+      if (args.rank == 512) return f(latent_attend_tensor<8, T>, kTensorThreads, bytes);
+    }
+  }
+  const int bytes = static_cast<int>(DecodeMemory<W>{args.rank, args.rope_dim}.bytes());
+  if (args.rank <= 256) return f(latent_attend<1, T>, kDecodeThreads, bytes);
+  return f(latent_attend<2, T>, kDecodeThreads, bytes);
+}
+
 /// Appends and attends in the latent space, slice by slice of the new tokens: a token sees none of a
 /// later slice.
 template <typename T>
@@ -95,9 +116,6 @@ cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>
   auto* query = reinterpret_cast<W*>(memory);
   auto* sums = reinterpret_cast<W*>(memory + parts.sums);
   auto* stats = reinterpret_cast<W*>(memory + parts.stats);
-  const DecodeMemory<W> sizes{args.rank, args.rope_dim};
-  const auto kernel = args.rank <= 256 ? latent_attend<1, T> : latent_attend<2, T>;
-  if (const auto error = allow_shared_memory(kernel, sizes.bytes())) return error;
   const auto absorb_bytes = std::max(args.rank * sizeof(float),
                                      args.nope_dim * sizeof(W) + args.rope_dim * sizeof(T));
   const auto heads = static_cast<unsigned>(args.num_heads);
@@ -109,8 +127,12 @@ cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>
                                                                                       query);
     const dim3 grid(count, static_cast<unsigned>(layout.num_chunks),
                     static_cast<unsigned>(head_groups(shape)));
-    kernel<<<grid, kDecodeThreads, sizes.bytes(), stream>>>(args, first, layout, query, sums,
-                                                            stats);
+    const auto launch = [&](auto kernel, int threads, int bytes) {
+      if (const auto error = allow_shared_memory(kernel, bytes)) return error;
+      kernel<<<grid, threads, bytes, stream>>>(args, first, layout, query, sums, stats);
+      return cudaGetLastError();
+    };
+    if (const auto error = with_attend<T>(args, launch)) return error;
     const auto combine_bytes = (args.rank + layout.num_chunks) * sizeof(W);
     latent_combine<T><<<dim3(count, heads), kDecodeThreads, combine_bytes, stream>>>(
         args, first, layout, sums, stats);

@@ -43,6 +43,21 @@ __device__ inline void load_wide(const W* p, W (&out)[4]) {
   memcpy(out, raw, sizeof(raw));
 }
 
+/// Four int8 values as W, from the bits of 2^23 or 2^52 plus the value, as code_value() does.
+__device__ inline void widen(std::uint32_t word, float (&out)[4]) {
+  word ^= 0x80808080U;
+  for (int j = 0; j < 4; ++j) {
+    out[j] = __uint_as_float(__byte_perm(word, 0x4b000000U, 0x7540 | j)) - 8388736.0F;
+  }
+}
+__device__ inline void widen(std::uint32_t word, double (&out)[4]) {
+  word ^= 0x80808080U;
+  for (int j = 0; j < 4; ++j) {
+    out[j] = __hiloint2double(0x43300000, static_cast<int>(__byte_perm(word, 0, 0x4440 | j))) -
+             4503599627370624.0;
+  }
+}
+
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float exponential(float x) { return expf(x); }
 
@@ -129,13 +144,14 @@ __global__ void __launch_bounds__(kDecodeThreads)
       W score[2][2] = {}, score_rope[2][2] = {};
       for (int quad = 0; quad < quads; ++quad) {
         for (int u = 0; u < 2; ++u) {
-          const char4 c = *reinterpret_cast<const char4*>(
-              latent + (row + 32 * u) * sizes.latent_stride() + 4 * quad);
+          W c[4];
+          widen(*reinterpret_cast<const std::uint32_t*>(
+                    latent + (row + 32 * u) * sizes.latent_stride() + 4 * quad),
+                c);
           for (int v = 0; v < 2; ++v) {
             W qv[4];
             load_wide(q + (h + v) * sizes.query_stride() + 4 * quad, qv);
-            score[v][u] += qv[0] * static_cast<W>(c.x) + qv[1] * static_cast<W>(c.y);
-            score[v][u] += qv[2] * static_cast<W>(c.z) + qv[3] * static_cast<W>(c.w);
+            for (int j = 0; j < 4; ++j) score[v][u] += qv[j] * c[j];
           }
         }
       }
@@ -187,12 +203,12 @@ __global__ void __launch_bounds__(kDecodeThreads)
         for (W& value : acc[pass][v]) value *= keep[h + v];
       }
       for (int row = 0; row < count; ++row) {
-        const char4 c =
-            *reinterpret_cast<const char4*>(latent + row * sizes.latent_stride() + 4 * quad);
+        W latents[4];
+        widen(*reinterpret_cast<const std::uint32_t*>(latent + row * sizes.latent_stride() +
+                                                      4 * quad),
+              latents);
         W weight[kHeadsAtOnce];
         load_wide(weights + row * kWeightStride + h, weight);
-        const W latents[4] = {static_cast<W>(c.x), static_cast<W>(c.y), static_cast<W>(c.z),
-                              static_cast<W>(c.w)};
         for (int v = 0; v < kHeadsAtOnce; ++v) {
           for (int j = 0; j < 4; ++j) acc[pass][v][j] += weight[v] * latents[j];
         }
@@ -243,14 +259,22 @@ __global__ void __launch_bounds__(kDecodeThreads)
            head;
   };
   W* factors = combined + args.rank;  // [chunks]
-  W largest = -INFINITY;
-  for (int c = 0; c < used; ++c) largest = larger(stats[2 * at(c)], largest);
-  for (int c = threadIdx.x; c < used; c += kDecodeThreads) {
-    factors[c] = exponential(stats[2 * at(c)] - largest);
+  // Each warp finds the largest score and the sum of weights for itself.
+  const int lane = threadIdx.x % 32;
+  W largest = -INFINITY, total = 0;
+  for (int c = lane; c < used; c += 32) largest = larger(stats[2 * at(c)], largest);
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest = larger(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+  }
+  for (int c = lane; c < used; c += 32) {
+    const W factor = exponential(stats[2 * at(c)] - largest);
+    total += stats[2 * at(c) + 1] * factor;
+    if (threadIdx.x < 32) factors[c] = factor;
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    total += __shfl_xor_sync(0xffffffffU, total, offset);
   }
   __syncthreads();
-  W total = 0;
-  for (int c = 0; c < used; ++c) total += stats[2 * at(c) + 1] * factors[c];
   for (int r = threadIdx.x; r < args.rank; r += kDecodeThreads) {
     W sum = 0;
 #pragma unroll 8
@@ -258,21 +282,36 @@ __global__ void __launch_bounds__(kDecodeThreads)
     combined[r] = sum / total;
   }
   __syncthreads();
-  // A warp an output value: lanes share R.
+  // A warp takes 16 rows of W_uv: its lanes hold two of them and eight of each 32 columns.
   const int first_row = head * (args.nope_dim + args.value_dim) + args.nope_dim;
-  const int lane = threadIdx.x % 32;
-  for (int j = threadIdx.x / 32; j < args.value_dim; j += kDecodeThreads / 32) {
-    const CodePart row = code_row(first_row + j, args.kv_b_blocks());
-    W sum = 0;
-#pragma unroll 8
-    for (int r = lane; r < args.rank; r += 32) {
-      sum += combined[r] * static_cast<W>(code_at(args.kv_b, row, code_column(r)));
+  const int g = lane / 4, quad = lane % 4;
+  const int last_block = (first_row + args.value_dim - 1) / 16;
+  for (int block = first_row / 16 + threadIdx.x / 32; block <= last_block;
+       block += kDecodeThreads / 32) {
+    W totals[2] = {};
+#pragma unroll 4
+    for (int word = 0; 32 * word < args.rank; ++word) {
+      const std::uint32_t codes = weight_word(args.kv_b, block, word, args.kv_b_blocks(), lane);
+      for (int half_word = 0; half_word < 2; ++half_word) {
+        const int r = 32 * word + 16 * half_word + 4 * quad;
+        if (r >= args.rank) continue;
+        W values[4];
+        load_wide(combined + r, values);
+        for (int u = 0; u < 2; ++u) {
+          for (int j = 0; j < 4; ++j) {
+            totals[u] += values[j] * code_value<W>(codes, u + 2 * half_word, j);
+          }
+        }
+      }
     }
-    for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_xor_sync(0xffffffffU, sum, offset);
-    }
-    if (lane == 0) {
-      y[j] = from_wide<T>(static_cast<double>(sum * static_cast<W>(args.kv_b_scale[first_row + j])));
+    for (int u = 0; u < 2; ++u) {
+      totals[u] += __shfl_xor_sync(0xffffffffU, totals[u], 1);
+      totals[u] += __shfl_xor_sync(0xffffffffU, totals[u], 2);
+      const int j = 16 * block + g + 8 * u - first_row;
+      if (quad == 0 && j >= 0 && j < args.value_dim) {
+        y[j] = from_wide<T>(
+            static_cast<double>(totals[u] * static_cast<W>(args.kv_b_scale[first_row + j])));
+      }
     }
   }
 }

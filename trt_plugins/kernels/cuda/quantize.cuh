@@ -31,20 +31,22 @@ inline QuantizedRows cut_workspace(void* workspace, std::int64_t m, std::int64_t
   return out;
 }
 
-/// Gate, norm and quantise. Shared memory: float [k].
-template <Activation kActivation, typename T>
+/// Gate, norm and quantise: kGroup threads a row. Shared memory: float [rows of a thread block][k].
+template <int kGroup, Activation kActivation, typename T>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_rows(RowSource<T> source, int num_blocks, QuantizedRows out) {
+    quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
   extern __shared__ __align__(16) float row_memory[];
-  const std::int64_t row = blockIdx.x;
+  const int group = threadIdx.x / kGroup;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kQuantizeThreads / kGroup) + group;
+  if (row >= m) return;
   source.x += row * source.k * (source.gated ? 2 : 1);
-  const RowScale scale = quantize_row<kQuantizeThreads, kActivation>(
-      source, row_memory, num_blocks * kBlockInputs,
+  const RowScale scale = quantize_row<kGroup, kActivation>(
+      source, row_memory + group * source.k, num_blocks * kBlockInputs,
       [&](int digit, int column, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(out.activations + digit * out.digit_bytes +
                                           activation_offset(row, column, num_blocks)) = word;
       });
-  if (threadIdx.x == 0) {
+  if (threadIdx.x % kGroup == 0) {
     out.s[row] = scale.s;
     out.sums[row] = scale.sum;
   }

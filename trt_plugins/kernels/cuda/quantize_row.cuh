@@ -1,4 +1,4 @@
-// One row of activations by one thread block: gate, RMSNorm, absmax, quantise. Both kernels that
+// One row of activations by one thread block or one warp: gate, RMSNorm, absmax, quantise. Both kernels that
 // quantise are built on it. Numerics: tinylm/norm.py and tinylm/quantization.py.
 #pragma once
 
@@ -39,10 +39,11 @@ namespace detail {
 template <int kThreads, typename V, typename Combine>
 __device__ inline V block_reduce(V value, Combine combine) {
   constexpr int kWarps = kThreads / 32;
-  __shared__ V parts[kWarps];
   for (int offset = 16; offset > 0; offset /= 2) {
     value = combine(value, __shfl_xor_sync(0xffffffffU, value, offset));
   }
+  if constexpr (kWarps == 1) return value;
+  __shared__ V parts[kWarps];
   __syncthreads();  // an earlier reduction's parts have been read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
@@ -78,7 +79,7 @@ __device__ inline int int8_value(float product) {
 
 }  // namespace detail
 
-/// Quantises one row.
+/// Quantises one row by a thread block of kThreads, or by one warp of a larger one where that is 32.
 /// @param row Shared memory [k], scratch.
 /// @param emit Called as emit(digit, column, word) with four values of columns column .. column + 3,
 ///     one byte each; zeros from k to k_padded.
@@ -86,8 +87,9 @@ template <int kThreads, Activation kActivation, typename T, typename Emit>
 __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, int k_padded,
                                         Emit emit) {
   const int k = source.k;
+  const int thread = threadIdx.x % kThreads;
   double squares = 0.0;
-  for (int i = 4 * threadIdx.x; i < k; i += 4 * kThreads) {
+  for (int i = 4 * thread; i < k; i += 4 * kThreads) {
     float4 v = load4(source.x + i);
     if (source.gated) {
       const float4 up = load4(source.x + k + i);
@@ -105,7 +107,7 @@ __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, 
   }
   // As integers, so that not-a-number, whose bits are larger than all others', is the largest.
   std::uint32_t largest = __float_as_uint(1e-5F);
-  for (int i = 4 * threadIdx.x; i < k; i += 4 * kThreads) {
+  for (int i = 4 * thread; i < k; i += 4 * kThreads) {
     float4 v = *reinterpret_cast<float4*>(row + i);
     if (source.norm_weight != nullptr) {
       const float4 w = load4(source.norm_weight + i);
@@ -120,7 +122,7 @@ __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, 
   constexpr bool kInt8 = kActivation == Activation::kInt8;
   const float s = (kInt8 ? 127.0F : 448.0F) / __uint_as_float(largest);
   int sum = 0;
-  for (int i = 4 * threadIdx.x; i < k_padded; i += 4 * kThreads) {
+  for (int i = 4 * thread; i < k_padded; i += 4 * kThreads) {
     int q[4] = {};
     if (i < k) {
       const float4 v = *reinterpret_cast<float4*>(row + i);

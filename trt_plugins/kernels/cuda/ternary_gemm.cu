@@ -20,11 +20,16 @@ RowSource<T> row_source(const BitLinearParams& p) {
 template <Activation kActivation, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
-  const auto kernel = quantize_rows<kActivation, T>;
-  const auto bytes = p.k * static_cast<std::int64_t>(sizeof(float));
+  // Many short rows: a warp for each, which never waits for another.
+  constexpr std::int64_t kManyRows = 512, kShort = 4096;
+  const bool by_warp = p.m >= kManyRows && p.k <= kShort;
+  const auto kernel = by_warp ? quantize_rows<32, kActivation, T>
+                              : quantize_rows<kQuantizeThreads, kActivation, T>;
+  const std::int64_t rows_at_once = by_warp ? kQuantizeThreads / 32 : 1;
+  const auto bytes = rows_at_once * p.k * static_cast<std::int64_t>(sizeof(float));
   if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-  kernel<<<static_cast<unsigned>(p.m), kQuantizeThreads, bytes, stream>>>(row_source<T>(p),
-                                                                         num_blocks(p.k), rows);
+  kernel<<<static_cast<unsigned>((p.m + rows_at_once - 1) / rows_at_once), kQuantizeThreads, bytes,
+           stream>>>(row_source<T>(p), p.m, num_blocks(p.k), rows);
   return cudaGetLastError();
 }
 

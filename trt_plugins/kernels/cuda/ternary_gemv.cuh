@@ -28,12 +28,13 @@ __device__ inline void add_block(int (&acc)[kTiles][4], uint4 weights, Load b) {
     std::uint32_t first[4], second[4];
     unpack(words[2 * half], first);
     unpack(words[2 * half + 1], second);
+    uint4 rows[kTiles];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4 rows = b(tile, half);
-      mma(acc[tile], first, rows.x, rows.y);
-      mma(acc[tile], second, rows.z, rows.w);
-    }
+    for (int tile = 0; tile < kTiles; ++tile) rows[tile] = b(tile, half);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], first, rows[tile].x, rows[tile].y);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], second, rows[tile].z, rows[tile].w);
   }
 }
 
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   if (threadIdx.x < 16 && column < out.n) {
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][0][threadIdx.x];
-    store_output<kActivation>(out, 0, column, sum, scale);
+    RowOutput<Y>(out, 0, scale).template store<kActivation>(column, sum, column_scale(out, column));
   }
 }
 
@@ -163,7 +164,8 @@ __global__ void __launch_bounds__(kGemvThreads)
     if (column >= out.n) continue;
     int sum = 0;
     for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][i / 16][i % 16];
-    store_output<kActivation>(out, row, column, sum, {scales.s[row], scales.sums[row]});
+    RowOutput<Y>(out, row, {scales.s[row], scales.sums[row]})
+        .template store<kActivation>(column, sum, column_scale(out, column));
   }
 }
 

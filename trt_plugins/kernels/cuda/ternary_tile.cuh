@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const std::int64_t num_tiles_m = (m + 7) / 8;
   const std::int64_t num_tiles_n = (out.n + 15) / 16;
   const int first_tile_n = blockIdx.y * (Shape::kOutputs / 16);
-  const int tile_n = first_tile_n + warp_n * kTilesN;
   const int num_steps = kDigits * num_blocks;
 
   // Step i works on digit kDigits - 1 - i / num_blocks and block i % num_blocks.
@@ -134,29 +133,36 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         std::uint32_t first[4], second[4];
         unpack(half == 0 ? words[i].x : words[i].z, first);
         unpack(half == 0 ? words[i].y : words[i].w, second);
+        // Two products of one sum side by side would wait for each other.
 #pragma unroll
-        for (int j = 0; j < kTilesM; ++j) {
-          mma(acc[i][j], first, rows[j].x, rows[j].y);
-          mma(acc[i][j], second, rows[j].z, rows[j].w);
-        }
+        for (int j = 0; j < kTilesM; ++j) mma(acc[i][j], first, rows[j].x, rows[j].y);
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) mma(acc[i][j], second, rows[j].z, rows[j].w);
       }
     }
   }
+  // Lanes hold eight outputs side by side of two rows.
   const int g = lane / 4, t = lane % 4;
+  const int first_column = 16 * (first_tile_n + warp_n * kTilesN) + g;
+  float weight_scale[2 * kTilesN];
 #pragma unroll
-  for (int j = 0; j < kTilesM; ++j) {
+  for (int i = 0; i < 2 * kTilesN; ++i) {
+    const int column = first_column + 8 * i;
+    weight_scale[i] = column < out.n ? column_scale(out, column) : 0.0F;
+  }
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const std::int64_t row = first_row + 8 * (warp_m * kTilesM + j) + 2 * t + c;
-      if (row >= m) continue;
-      const RowScale scale = {scales.s[row], scales.sums[row]};
+  for (int j = 0; j < 2 * kTilesM; ++j) {
+    const std::int64_t row =
+        first_row + 8 * (warp_m * kTilesM + j / 2) + 2 * t + j % 2;
+    if (row >= m) continue;
+    const RowScale scale = {__ldg(scales.s + row), __ldg(scales.sums + row)};
+    const RowOutput<Y> to(out, row, scale);
 #pragma unroll
-      for (int i = 0; i < kTilesN; ++i) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int column = (tile_n + i) * 16 + g + 8 * r;
-          if (column < out.n) store_output<kActivation>(out, row, column, acc[i][j][2 * r + c], scale);
-        }
+    for (int i = 0; i < 2 * kTilesN; ++i) {
+      const int column = first_column + 8 * i;
+      if (column < out.n) {
+        to.template store<kActivation>(column, acc[i / 2][j / 2][2 * (i % 2) + j % 2],
+                                       weight_scale[i]);
       }
     }
   }
