@@ -117,7 +117,7 @@ def info(json: Json = None) -> None:
     write_json(json, values)
 
 
-@app.command(epilog='Example: eval "$(tinylm-export native sdk)"')
+@app.command(epilog="Example: tinylm-export native sdk")
 def sdk(
     fetch: Annotated[
         bool, typer.Option("--fetch/--no-fetch", help="Fetch what is missing (up to 1.9 GB).")
@@ -151,6 +151,8 @@ def sdk(
         _say(f"pip install --no-deps {shlex.quote(str(wheel))}  # for this Python")
     if found.nvcc:
         print(f"export CUDACXX={shlex.quote(str(found.nvcc.path))}")
+    if found.headers:
+        print(f"export {gpu_sdk.INCLUDE_VARIABLE}={shlex.quote(str(found.headers))}")
     if found.libraries:
         print(f"export {gpu_sdk.ROOT_VARIABLE}={shlex.quote(str(found.root))}")
         paths = [str(found.libraries), os.environ.get("LD_LIBRARY_PATH", "")]

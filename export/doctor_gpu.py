@@ -86,7 +86,7 @@ def _check(
         found = look()
     except NativeError as error:
         problem = first_line(error)
-        for variable in (gpu_sdk.ROOT_VARIABLE, "CUDA_HOME"):
+        for variable in (gpu_sdk.ROOT_VARIABLE, gpu_sdk.INCLUDE_VARIABLE, "CUDA_HOME"):
             if f"Unset {variable}" in problem:
                 command = f"unset {variable}"
         return Check(

@@ -19,6 +19,7 @@ from tinylm.errors import NativeError, NativeToolError
 from tinylm.paths import cache_dir
 
 ROOT_VARIABLE = "TENSORRT_ROOT"
+INCLUDE_VARIABLE = "TENSORRT_INCLUDE_DIR"
 SDK_COMMAND = "tinylm-export native sdk"
 # Older ones know no sm_90a; TensorRT's plugins alias their inputs and outputs since 10.3.
 MIN_NVCC = (12, 0)
@@ -166,14 +167,22 @@ def _try_nvcc(path: Path) -> Nvcc | None:
 def find_headers() -> Path | None:
     """Find the folder of TensorRT's C++ headers.
 
-    Looked at in this order: ``TENSORRT_ROOT``, the system's include folders, what was fetched
-    before.
+    Looked at in this order: ``TENSORRT_INCLUDE_DIR``, ``TENSORRT_ROOT``, the system's include
+    folders, what was fetched before.
 
     Raises:
-        NativeError: Those of ``TENSORRT_ROOT`` are too old.
+        NativeError: ``TENSORRT_INCLUDE_DIR`` has none, or those that a variable names are too old.
     """
     root = _named_root()
     named = [root / "include", root] if root else []
+    include = os.environ.get(INCLUDE_VARIABLE)
+    if include:
+        named.insert(0, Path(include).expanduser().resolve())
+        if not (named[0] / HEADER).is_file():
+            raise NativeError(
+                f"{INCLUDE_VARIABLE}={include}: expected {HEADER} in it, found none. Unset "
+                f"{INCLUDE_VARIABLE}, or name the folder of TensorRT's headers."
+            )
     for folder in (*named, *map(Path, _SYSTEM_INCLUDES), tensorrt_folder() / "include"):
         if not (folder / HEADER).is_file():
             continue
@@ -183,7 +192,7 @@ def find_headers() -> Path | None:
         if folder in named:
             raise NativeError(
                 f"{folder / HEADER}: expected TensorRT {MIN_HEADERS[0]}.{MIN_HEADERS[1]} or newer, "
-                f"found {found[0]}.{found[1]}. Set {ROOT_VARIABLE} to a newer one."
+                f"found {found[0]}.{found[1]}. Set {INCLUDE_VARIABLE} to the folder of newer ones."
             )
     return None
 

@@ -57,7 +57,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say loudly what the GPU's tests leave unproved."""
-    skipped = [r for r in terminalreporter.stats.get("skipped", ()) if "gpu" in r.keywords]
+    # A module that is skipped whole has a report without keywords.
+    reports = terminalreporter.stats.get("skipped", ())
+    skipped = [r for r in reports if "gpu" in getattr(r, "keywords", ())]
     if skipped:
         terminalreporter.section("GPU TESTS NOT RUN", sep="!", yellow=True, bold=True)
         terminalreporter.line(

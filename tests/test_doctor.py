@@ -232,7 +232,7 @@ def test_tensorrt_that_is_nowhere_is_optional(
 ) -> None:
     from tinylm_export import gpu_sdk, native
 
-    for variable in ("TENSORRT_ROOT", "TINYLM_NATIVE_DIR"):
+    for variable in ("TENSORRT_ROOT", "TENSORRT_INCLUDE_DIR", "TINYLM_NATIVE_DIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
     monkeypatch.setattr(gpu_sdk, "_SYSTEM_INCLUDES", ())

@@ -23,7 +23,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without any of it: an empty cache, no folders of the system, no programs."""
-    for variable in ("CUDA_HOME", gpu_sdk.ROOT_VARIABLE, "LD_LIBRARY_PATH"):
+    for variable in (
+        *("CUDA_HOME", "LD_LIBRARY_PATH"),
+        *(gpu_sdk.ROOT_VARIABLE, gpu_sdk.INCLUDE_VARIABLE),
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
     for name in ("_SYSTEM_INCLUDES", "_SYSTEM_LIBRARIES"):
@@ -121,6 +124,11 @@ def test_order_of_tensorrts(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (sdk.headers, sdk.libraries, sdk.root) == (include, flat, flat)
     headers(flat / "include")
     assert gpu_sdk.find_headers() == flat / "include"
+    monkeypatch.setenv(gpu_sdk.INCLUDE_VARIABLE, str(include))
+    assert gpu_sdk.find_headers() == include
+    monkeypatch.setenv(gpu_sdk.INCLUDE_VARIABLE, str(nowhere))
+    with pytest.raises(NativeError, match=r"TENSORRT_INCLUDE_DIR=.*expected NvInfer\.h in it"):
+        gpu_sdk.find_headers()
 
 
 def test_a_root_that_holds_nothing_is_named(
@@ -203,6 +211,7 @@ def test_everything_is_fetched_once(
     compiler = cache / "cuda" / "nvidia" / "cu13" / "bin" / "nvcc"
     assert out.splitlines() == [
         f"export CUDACXX={compiler}",
+        f"export TENSORRT_INCLUDE_DIR={cache / 'tensorrt' / 'include'}",
         f"export TENSORRT_ROOT={cache / 'tensorrt'}",
         f"export LD_LIBRARY_PATH={cache / 'tensorrt' / 'lib'}",
     ]

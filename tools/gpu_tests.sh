@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the GPU's tests: gpu_tests.sh PYTHON. With what is on the machine; never installs anything.
 #
-# TENSORRT_ROOT names TensorRT's libraries. TINYLM_NATIVE_DIR names native libraries that were built
+# TENSORRT_ROOT names TensorRT, in include/ and lib/, or its libraries alone. TINYLM_NATIVE_DIR names native libraries that were built
 # before (tinylm-export native build --gpu --cuda-tests); without it they are built here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ ln -sfn ../../export build/import/tinylm_export
 export PYTHONPATH="$PWD/build/import:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 tinylm_export() { "$python" -m tinylm_export.cli "$@"; }
 
-# Sets CUDACXX, TENSORRT_ROOT and LD_LIBRARY_PATH, and says what is missing.
+# Sets CUDACXX, TENSORRT_INCLUDE_DIR, TENSORRT_ROOT and LD_LIBRARY_PATH, and says what is missing.
 variables=$(tinylm_export native sdk --no-fetch) || [ -n "$variables" ]
 eval "$variables"
 
@@ -26,8 +26,14 @@ if [ -z "${TINYLM_NATIVE_DIR:-}" ]; then
             exit 2
         }
     done
+    if [ -z "${TENSORRT_INCLUDE_DIR:-}" ]; then
+        echo "no TensorRT headers to build the plugins with; put them in TENSORRT_ROOT's include/, or" \
+            "set TINYLM_NATIVE_DIR to a folder of libraries that were built elsewhere" >&2
+        exit 2
+    fi
     # ONNX Runtime's header may be missing here: the ops' function bodies run then.
-    (cd trt_plugins && cmake --preset gpu -DONNXRUNTIME_INCLUDE_DIR="${ONNXRUNTIME_INCLUDE_DIR:-}" &&
+    (cd trt_plugins && cmake --preset gpu \
+        ${ONNXRUNTIME_INCLUDE_DIR:+-DONNXRUNTIME_INCLUDE_DIR="$ONNXRUNTIME_INCLUDE_DIR"} &&
         cmake --build --preset gpu)
 fi
 
