@@ -117,9 +117,7 @@ def info(json: Json = None) -> None:
     write_json(json, values)
 
 
-@app.command(
-    epilog='Example: tinylm-export native sdk, or eval "$(tinylm-export native sdk)" in a shell'
-)
+@app.command(epilog="Example: tinylm-export native sdk")
 def sdk(
     fetch: Annotated[
         bool, typer.Option("--fetch/--no-fetch", help="Fetch what is missing (up to 1.9 GB).")

@@ -95,7 +95,7 @@ def serialize_engine(
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     if settings.plugins is not None:
-        load_plugins(builder.get_plugin_registry(), settings.plugins, logger)
+        load_plugins(trt, settings.plugins, logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)

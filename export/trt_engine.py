@@ -127,7 +127,7 @@ class TrtEngine:
             # The plugins' code is in the engine. Its bytes are those that SHA256SUMS lists.
             self._runtime.engine_host_code_allowed = not self.manifest.dense
         else:
-            load_plugins(self._runtime.get_plugin_registry(), self.plugins, self.logger)
+            load_plugins(self.trt, self.plugins, self.logger)
         path = directory / ENGINE_FILE
         try:
             self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -148,8 +148,10 @@ class TrtEngine:
         return plugin_library()
 
 
-def load_plugins(registry: Any, path: Path, logger: Any) -> None:
+def load_plugins(trt: Any, path: Path, logger: Any) -> None:
     """Register the plugins of a library, once a process.
+
+    The process's registry is used: a builder's own is not where the ONNX parser looks.
 
     Raises:
         ExportError: TensorRT can't load it.
@@ -157,7 +159,7 @@ def load_plugins(registry: Any, path: Path, logger: Any) -> None:
     path = path.resolve()
     if path in _loaded_plugins:
         return
-    if registry.load_library(str(path)) is None:
+    if trt.get_plugin_registry().load_library(str(path)) is None:
         raise ExportError(
             f"{path}: TensorRT can't load the plugins: {logger.last()}. Build them again with "
             "`tinylm-export native build`."

@@ -43,15 +43,20 @@ class RowOutput {
   __device__ void store(int column, int acc, float weight_scale) const {
     constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
     const float scaled = static_cast<float>(acc - scale_.sum) * kUnit * weight_scale;
-    // Half precision rounds again: there a quotient is not worth its time.
-    const bool exact = std::is_same_v<T, float> || scale_.s == 0.0F;
-    const T value = from_float<T>(exact ? scaled / scale_.s : scaled * inverse_);
+    const T value = from_float<T>(quotient(scaled));
     y_[column] = residual_ == nullptr
                      ? value
                      : from_float<T>(to_float(residual_[column]) + to_float(value));
   }
 
  private:
+  /// x / s; for half precision, which rounds again, by one step of Newton's method.
+  __device__ float quotient(float x) const {
+    if (std::is_same_v<T, float> || scale_.s == 0.0F) return x / scale_.s;
+    const float y = x * inverse_;
+    return fmaf(fmaf(-y, scale_.s, x), inverse_, y);
+  }
+
   T* y_;
   const T* residual_;  // may be y
   RowScale scale_;
