@@ -29,7 +29,8 @@ struct TrtLibrary {
     if (handle == nullptr) {
       throw std::runtime_error("TensorRT can't be loaded: " + std::string(dlerror()) + way_out);
     }
-    for (const char* name : {"createInferRuntime_INTERNAL", "getInferLibVersion"}) {
+    for (const char* name :
+         {"createInferRuntime_INTERNAL", "getInferLibVersion", "getPluginRegistry"}) {
       if (dlsym(handle, name) == nullptr) {
         throw std::runtime_error(path + ": no TensorRT, " + name + " is missing" + way_out);
       }
@@ -83,8 +84,7 @@ std::unique_ptr<nvinfer1::IRuntime> make_trt_runtime(TrtLogger& logger) {
   return std::unique_ptr<nvinfer1::IRuntime>(static_cast<nvinfer1::IRuntime*>(made));
 }
 
-std::string load_plugins(nvinfer1::IRuntime& runtime, const std::filesystem::path& library,
-                         TrtLogger& logger) {
+std::string load_plugins(const std::filesystem::path& library, TrtLogger& logger) {
   static std::mutex mutex;
   static std::map<std::string, std::string> versions;  // by path
   const std::string way_out =
@@ -103,7 +103,9 @@ std::string load_plugins(nvinfer1::IRuntime& runtime, const std::filesystem::pat
   if (version == nullptr) {
     throw std::runtime_error(path + ": no TinyLM plugins, tinylm_version is missing" + way_out);
   }
-  if (runtime.getPluginRegistry().loadLibrary(path.c_str()) == nullptr) {
+  // The process's registry, not a runtime's own: every runtime looks there.
+  auto& registry = *trt_library().function<nvinfer1::IPluginRegistry* (*)()>("getPluginRegistry")();
+  if (registry.loadLibrary(path.c_str()) == nullptr) {
     throw std::runtime_error(path + ": TensorRT can't load the plugins: " + logger.last() +
                              way_out);
   }

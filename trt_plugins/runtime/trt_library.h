@@ -43,8 +43,7 @@ std::unique_ptr<nvinfer1::IRuntime> make_trt_runtime(TrtLogger& logger);
 /// Loads the plugin library into this process, once, and registers its plugins.
 /// @return Its version.
 /// @throws std::runtime_error It is missing, no TinyLM library, or TensorRT refuses it.
-std::string load_plugins(nvinfer1::IRuntime& runtime, const std::filesystem::path& library,
-                         TrtLogger& logger);
+std::string load_plugins(const std::filesystem::path& library, TrtLogger& logger);
 
 /// @throws std::runtime_error The status is an error; says what failed.
 void check(cudaError_t status, const char* what);

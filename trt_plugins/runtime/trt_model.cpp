@@ -201,7 +201,7 @@ void TrtModel::Impl::load_engine(const EngineManifest& manifest, const TrtOption
                              "libtinylm_trt.so (tinylm-run: --plugins), or build the engine with "
                              "its plugins in it.");
   } else {
-    manifest.check_plugins(load_plugins(*runtime, options.plugins, logger));
+    manifest.check_plugins(load_plugins(options.plugins, logger));
   }
   const auto path = directory / kEngineFile;
   std::ifstream file(path, std::ios::binary | std::ios::ate);
