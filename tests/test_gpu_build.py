@@ -112,11 +112,15 @@ def test_the_sources_suit_tensorrt_11_too() -> None:
                 raise
             pytest.skip(f"NOT TESTED: {error}")
     assert gpu_sdk.header_version(headers)[0] == 11
-    used = str(gpu_sdk.find_headers())
+    found = gpu_sdk.find_headers()
+    assert found is not None
+    used = found.resolve()
     sources = sorted((ROOT / "trt_plugins" / "plugins").glob("*.cpp"))
     assert sources
     commands = compile_commands()
     for source in sources:
-        command = [str(headers) if part == used else part for part in commands[source]]
+        command = [
+            str(headers) if Path(part).resolve() == used else part for part in commands[source]
+        ]
         assert str(headers) in command
         run(*command[: command.index("-o")], "-fsyntax-only", source)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 import tinylm
+from tinylm.paths import cache_dir
 from tinylm.run_settings import resolve
 from tinylm.trainer import Trainer
 from tinylm.training_config import TrainConfig
@@ -42,13 +43,25 @@ def inputs() -> Inputs:
 
     folder = Path(tempfile.mkdtemp(prefix="tinylm-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.setdefault("TINYLM_CACHE", str(folder / "cache"))
+    _use_cache(folder / "cache")
     sources = sorted(Path(tinylm.__file__).parent.glob("*.py"))
     paragraphs = [p for s in sources for p in s.read_text(encoding="utf-8").split("\n\n\n")]
     train = write_jsonl(folder / "train.jsonl", paragraphs[: len(paragraphs) * 9 // 10][:80])
     val = write_jsonl(folder / "val.jsonl", paragraphs[-8:])
     tokenizer = train_tokenizer([train], folder / "tokenizer", vocab_size=VOCAB_SIZE)
     return Inputs(train, val, tokenizer)
+
+
+def _use_cache(folder: Path) -> None:
+    """Keep this process's tokens in a cache of its own; SDKs stay where they were fetched."""
+    if "TINYLM_CACHE" in os.environ:
+        return
+    shared = cache_dir()
+    folder.mkdir()
+    for sdk in ("tensorrt", "cuda"):
+        if (shared / sdk).is_dir():
+            (folder / sdk).symlink_to(shared / sdk)
+    os.environ["TINYLM_CACHE"] = str(folder)
 
 
 def config(out: Path, **sections: dict[str, Any]) -> TrainConfig:
