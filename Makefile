@@ -47,7 +47,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	@mkdir -p $(VENV)/typing && ln -sfn ../../export $(VENV)/typing/tinylm_export
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p tinylm -p tinylm_export
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'trt_plugins/*.cpp' 'trt_plugins/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'trt_plugins/*.cpp' 'trt_plugins/*.h' 'trt_plugins/*.cu' 'trt_plugins/*.cuh')
 
 test: lint native-if-possible
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/native_tests.sh tests

@@ -17,20 +17,12 @@ import tinylm
 from tinylm.errors import NativeToolError
 from tinylm_export import gpu_sdk, native_build, native_gpu
 from tinylm_export.gpu_sdk_fetch import fetch_headers
+from tinylm_export.plugin_ops import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "native"
 LIBRARY = BUILD / "lib" / native_gpu.LIBRARY_NAME
-CREATORS = {
-    "BitLinear": {
-        *("activation", "eps", "num_inputs", "num_outputs"),
-        *("has_norm", "has_residual", "gated"),
-    },
-    "FlashMLA": {
-        *("num_heads", "nope_dim", "rope_dim", "value_dim", "latent_rank"),
-        *("theta", "eps", "softmax_scale"),
-    },
-}
+CREATORS = {name: set(spec.attribute_names()) for name, spec in PLUGINS.items()}
 EXPORTED = {"getCreators", "setLoggerFinder", "tinylm_version", "tinylm_trt_build_info"}
 
 if not LIBRARY.is_file() and not os.environ.get("TINYLM_REQUIRE_GPU_BUILD"):
@@ -82,7 +74,9 @@ def test_the_library_loads_without_a_gpu() -> None:
 def test_its_creators_are_the_contract() -> None:
     output = run(BUILD / "plugins" / "list_creators", LIBRARY)
     lines = [line.split("\t") for line in output.splitlines()]
-    assert {(name, *rest[:2]) for name, *rest in lines} == {(n, "1", "tinylm") for n in CREATORS}
+    assert {(name, *rest[:2]) for name, *rest in lines} == {
+        (name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in CREATORS
+    }
     assert {line[0]: set(line[3].split(",")) for line in lines} == CREATORS
 
 

@@ -8,17 +8,9 @@ from tinylm.errors import ExportError
 from tinylm_export.ops import DOMAIN
 from tinylm_export.passes.fold_residual import RESIDUAL
 from tinylm_export.passes.rewrite import Rewrites, input_of
+from tinylm_export.plugin_ops import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS
 
-PLUGIN_NAMESPACE = "tinylm"
-PLUGIN_VERSION = "1"
 _NORM = 3
-_REQUIRED = {
-    "BitLinear": ("activation", "eps", "num_inputs", "num_outputs"),
-    "FlashMLA": (
-        *("num_heads", "nope_dim", "rope_dim", "value_dim", "latent_rank"),
-        *("theta", "eps", "softmax_scale"),
-    ),
-}
 
 
 def mark_plugins(model: ir.Model, *, activation: str | None = None) -> Rewrites:
@@ -35,10 +27,10 @@ def mark_plugins(model: ir.Model, *, activation: str | None = None) -> Rewrites:
     """
     done = Rewrites()
     for node in [node for node in model.graph if node.domain == DOMAIN]:
-        if node.op_type not in _REQUIRED:
+        if node.op_type not in PLUGINS:
             raise ExportError(
                 f"node {node.name!r}: expected an op with a TensorRT plugin "
-                f"({', '.join(_REQUIRED)}), found {DOMAIN}::{node.op_type}. Export the checkpoint "
+                f"({', '.join(PLUGINS)}), found {DOMAIN}::{node.op_type}. Export the checkpoint "
                 "with `--lm-head float32` and an unaltered graph."
             )
         values: dict[str, int | str] = {}
@@ -54,7 +46,8 @@ def mark_plugins(model: ir.Model, *, activation: str | None = None) -> Rewrites:
         values |= {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
         for attribute in ir.convenience.convert_attributes(values):
             node.attributes[attribute.name] = attribute
-        missing = [name for name in _REQUIRED[node.op_type] if name not in node.attributes]
+        needed = PLUGINS[node.op_type].attribute_names()
+        missing = [name for name in needed if name not in node.attributes]
         if missing:
             raise ExportError(
                 f"node {node.name!r}: expected the attributes of the plugin {node.op_type}, "

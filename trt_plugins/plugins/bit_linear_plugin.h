@@ -1,5 +1,5 @@
 /// @file bit_linear_plugin.h
-/// TensorRT plugin BitLinear; inputs and attributes: export/trt_ops.py.
+/// TensorRT plugin BitLinear; inputs and attributes: export/plugin_ops.py.
 #pragma once
 
 #include "plugin_base.h"

@@ -1,5 +1,5 @@
 /// @file flash_mla_plugin.h
-/// TensorRT plugin FlashMLA; inputs and attributes: export/trt_ops.py. The present cache is the
+/// TensorRT plugin FlashMLA; inputs and attributes: export/plugin_ops.py. The present cache is the
 /// past one: its outputs alias its inputs.
 #pragma once
 

@@ -44,9 +44,8 @@ class RowOutput {
     constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
     const float scaled = static_cast<float>(acc - scale_.sum) * kUnit * weight_scale;
     const T value = from_float<T>(quotient(scaled));
-    y_[column] = residual_ == nullptr
-                     ? value
-                     : from_float<T>(to_float(residual_[column]) + to_float(value));
+    y_[column] =
+        residual_ == nullptr ? value : from_float<T>(to_float(residual_[column]) + to_float(value));
   }
 
  private:

@@ -1,8 +1,8 @@
 // The layouts that feed mma.sync.m16n8k32, and the instruction.
 //
 // Weights are its A operand (16 outputs x 32 inputs), activations its B operand (32 inputs x 8
-// rows). Both lie in memory in the order of the registers, so that every load is 16 bytes a lane and
-// no shared memory is needed to transpose:
+// rows). Both lie in memory in the order of the registers, so that every load is 16 bytes a lane
+// and no shared memory is needed to transpose:
 //   weights      [N/16][K/128][lane][4 words]: a word is one A fragment of 2-bit codes,
 //                register i in bits 2i of each byte (export/gpu_packing.py);
 //   activations  [digit][M/8][K/128][half][lane][4 words]: word 2b + i is register i of the B
@@ -53,8 +53,8 @@ __device__ inline uint4 load_weights(const std::uint8_t* p) {
   return v;
 }
 
-/// Code -1, 0 or 1 as W, from a word's bits 2 * i + 8 * byte. Built from the bits of 2^23 or 2^52 plus
-/// the code, because conversions of integers are slow.
+/// Code -1, 0 or 1 as W, from a word's bits 2 * i + 8 * byte. Built from the bits of 2^23 or 2^52
+/// plus the code, because conversions of integers are slow.
 template <typename W>
 __device__ inline W code_value(std::uint32_t word, int i, int byte);
 template <>

@@ -1,9 +1,8 @@
-#include "latent_attention.h"
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
+#include "latent_attention.h"
 #include "latent_decode.cuh"
 #include "latent_prefill.cuh"
 #include "latent_tensor.cuh"
@@ -39,8 +38,7 @@ struct LatentWorkspace {
     const std::int64_t wide = type == DataType::kFloat ? 8 : 4;
     const std::int64_t width = shape.latent_rank + shape.rope_dim;
     sums = round_up(kSliceTokens * shape.num_heads * width * wide, kAlignment);
-    stats = sums +
-            round_up(kMaxParts * shape.num_heads * shape.latent_rank * wide, kAlignment);
+    stats = sums + round_up(kMaxParts * shape.num_heads * shape.latent_rank * wide, kAlignment);
     bytes = stats + round_up(kMaxParts * shape.num_heads * 2 * wide, kAlignment);
   }
 };
@@ -104,8 +102,8 @@ cudaError_t with_attend(const LatentArgs<T>& args, F f) {
   return f(latent_attend<2, T>, kDecodeThreads, bytes);
 }
 
-/// Appends and attends in the latent space, slice by slice of the new tokens: a token sees none of a
-/// later slice.
+/// Appends and attends in the latent space, slice by slice of the new tokens: a token sees none of
+/// a later slice.
 template <typename T>
 cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>& args,
                           std::int64_t batch, void* workspace, cudaStream_t stream) {
@@ -116,15 +114,15 @@ cudaError_t attend_latent(const LatentAttentionShape& shape, const LatentArgs<T>
   auto* query = reinterpret_cast<W*>(memory);
   auto* sums = reinterpret_cast<W*>(memory + parts.sums);
   auto* stats = reinterpret_cast<W*>(memory + parts.stats);
-  const auto absorb_bytes = std::max(args.rank * sizeof(float),
-                                     args.nope_dim * sizeof(W) + args.rope_dim * sizeof(T));
+  const auto absorb_bytes =
+      std::max(args.rank * sizeof(float), args.nope_dim * sizeof(W) + args.rope_dim * sizeof(T));
   const auto heads = static_cast<unsigned>(args.num_heads);
   const std::int64_t tokens = batch * args.length;
   for (std::int64_t first = 0; first < tokens; first += kSliceTokens) {
     const auto count = static_cast<unsigned>(std::min(kSliceTokens, tokens - first));
     const ChunkLayout layout = chunk_layout(shape, count, args.capacity);
-    latent_absorb<T><<<dim3(count, heads + 1), kAppendThreads, absorb_bytes, stream>>>(args, first,
-                                                                                      query);
+    latent_absorb<T>
+        <<<dim3(count, heads + 1), kAppendThreads, absorb_bytes, stream>>>(args, first, query);
     const dim3 grid(count, static_cast<unsigned>(layout.num_chunks),
                     static_cast<unsigned>(head_groups(shape)));
     const auto launch = [&](auto kernel, int threads, int bytes) {
@@ -221,7 +219,8 @@ cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<
             {arranged, args.kv_b, m, args.rank, limits}, out, stream)) {
       return error;
     }
-    if (const auto error = launch_prefill(shape, args, b, rows, expanded, angles, stream)) return error;
+    if (const auto error = launch_prefill(shape, args, b, rows, expanded, angles, stream))
+      return error;
   }
   return cudaSuccess;
 }

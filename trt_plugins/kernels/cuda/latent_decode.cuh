@@ -28,8 +28,7 @@ struct DecodeMemory {
   __host__ __device__ int rope_stride() const { return rope_dim + 1; }  // 64 rows: aligned
   __host__ __device__ std::int64_t bytes() const {
     const std::int64_t wide = kDecodeHeads * query_stride() + kDecodeTokens * rope_stride() +
-                              kDecodeTokens * kWeightStride + kDecodeTokens +
-                              3 * kDecodeHeads;
+                              kDecodeTokens * kWeightStride + kDecodeTokens + 3 * kDecodeHeads;
     return wide * static_cast<std::int64_t>(sizeof(W)) + kDecodeTokens * latent_stride();
   }
 };
@@ -87,13 +86,13 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const DecodeMemory<W> sizes{rank, rope_dim};
 
   extern __shared__ __align__(16) unsigned char memory[];
-  W* q = reinterpret_cast<W*>(memory);                             // [heads][R + P]
-  W* rope = q + kDecodeHeads * sizes.query_stride();               // [tokens][P]
-  W* weights = rope + kDecodeTokens * sizes.rope_stride();         // [tokens][heads]
-  W* inverse = weights + kDecodeTokens * kWeightStride;            // [tokens] 1 / s
-  W* largest = inverse + kDecodeTokens;                            // [heads]
-  W* total = largest + kDecodeHeads;                               // [heads]
-  W* keep = total + kDecodeHeads;                                  // [heads]
+  W* q = reinterpret_cast<W*>(memory);                                 // [heads][R + P]
+  W* rope = q + kDecodeHeads * sizes.query_stride();                   // [tokens][P]
+  W* weights = rope + kDecodeTokens * sizes.rope_stride();             // [tokens][heads]
+  W* inverse = weights + kDecodeTokens * kWeightStride;                // [tokens] 1 / s
+  W* largest = inverse + kDecodeTokens;                                // [heads]
+  W* total = largest + kDecodeHeads;                                   // [heads]
+  W* keep = total + kDecodeHeads;                                      // [heads]
   auto* latent = reinterpret_cast<std::int8_t*>(keep + kDecodeHeads);  // [tokens][R]
 
   const int width = rank + rope_dim;
@@ -121,8 +120,8 @@ __global__ void __launch_bounds__(kDecodeThreads)
       const int row = i / quads, quad = i % quads;
       std::uint32_t word = 0;
       if (row < count) {
-        word = *reinterpret_cast<const std::uint32_t*>(
-            args.latent + (first_slot + tile + row) * rank + 4 * quad);
+        word = *reinterpret_cast<const std::uint32_t*>(args.latent +
+                                                       (first_slot + tile + row) * rank + 4 * quad);
       }
       *reinterpret_cast<std::uint32_t*>(latent + row * sizes.latent_stride() + 4 * quad) = word;
     }

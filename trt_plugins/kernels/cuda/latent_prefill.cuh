@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kPrefillThreads)
   const int past = args.past_lens[b], fresh = args.seq_lens[b];
   const int num_queries = min(kPrefillQueries, args.length - first);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  T* y = args.y + ((static_cast<std::int64_t>(b) * args.length + first) * args.num_heads + head) *
-                      kValueDim;
+  T* y = args.y +
+         ((static_cast<std::int64_t>(b) * args.length + first) * args.num_heads + head) * kValueDim;
   const std::int64_t y_stride = static_cast<std::int64_t>(args.num_heads) * kValueDim;
   if (first >= fresh) {
     for (int i = threadIdx.x; i < num_queries * kValueDim; i += kPrefillThreads) {
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(kPrefillThreads)
         detail::copy_async(keys + row * Memory::kKeyStride + column,
                            source + slot * row_width + column, exists);
       } else if (column < kKeyDim) {
-        detail::copy_async(
-            keys + row * Memory::kKeyStride + column,
-            args.rope + (row_slot + slot) * args.rope_dim + column - args.nope_dim, exists);
+        detail::copy_async(keys + row * Memory::kKeyStride + column,
+                           args.rope + (row_slot + slot) * args.rope_dim + column - args.nope_dim,
+                           exists);
       } else {
         detail::copy_async(values + row * Memory::kValueStride + column - kKeyDim,
                            source + slot * row_width + args.nope_dim + column - kKeyDim, exists);
@@ -169,9 +169,8 @@ __global__ void __launch_bounds__(kPrefillThreads)
 #pragma unroll
       for (int i = 0; i < kKeyDim / 16; ++i) {
         std::uint32_t k[4];
-        detail::load_matrices(
-            k, keys + (16 * n + lane / 16 * 8 + lane % 8) * Memory::kKeyStride + 16 * i +
-                   lane / 8 % 2 * 8);
+        detail::load_matrices(k, keys + (16 * n + lane / 16 * 8 + lane % 8) * Memory::kKeyStride +
+                                     16 * i + lane / 8 % 2 * 8);
         detail::multiply(scores[2 * n], q[i], k[0], k[1], T{});
         detail::multiply(scores[2 * n + 1], q[i], k[2], k[3], T{});
       }
@@ -210,10 +209,11 @@ __global__ void __launch_bounds__(kPrefillThreads)
     }
 #pragma unroll
     for (int n = 0; n < kPrefillKeys / 16; ++n) {
-      const std::uint32_t weights[4] = {detail::pack2<T>(scores[2 * n][0], scores[2 * n][1]),
-                                        detail::pack2<T>(scores[2 * n][2], scores[2 * n][3]),
-                                        detail::pack2<T>(scores[2 * n + 1][0], scores[2 * n + 1][1]),
-                                        detail::pack2<T>(scores[2 * n + 1][2], scores[2 * n + 1][3])};
+      const std::uint32_t weights[4] = {
+          detail::pack2<T>(scores[2 * n][0], scores[2 * n][1]),
+          detail::pack2<T>(scores[2 * n][2], scores[2 * n][3]),
+          detail::pack2<T>(scores[2 * n + 1][0], scores[2 * n + 1][1]),
+          detail::pack2<T>(scores[2 * n + 1][2], scores[2 * n + 1][3])};
 #pragma unroll
       for (int j = 0; j < kValueDim / 16; ++j) {
         std::uint32_t v[4];

@@ -13,9 +13,9 @@ inline constexpr int kTensorThreads = 128;
 /// Sizes in shared memory: rows are padded so that fragments come without bank conflicts.
 struct TensorMemory {
   int rank, rope_dim;
-  __host__ __device__ int latent_stride() const { return rank + 16; }     // bytes
-  __host__ __device__ int query_stride() const { return rank + 8; }       // halves
-  __host__ __device__ int rope_stride() const { return rope_dim + 8; }    // elements of T
+  __host__ __device__ int latent_stride() const { return rank + 16; }   // bytes
+  __host__ __device__ int query_stride() const { return rank + 8; }     // halves
+  __host__ __device__ int rope_stride() const { return rope_dim + 8; }  // elements of T
   static constexpr int kWeightHalves = kDecodeTokens + 8;
   __host__ __device__ int stage_bytes() const {
     return kDecodeTokens * (latent_stride() + 2 * rope_stride() + 4);
@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kTensorThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
   extern __shared__ __align__(16) unsigned char memory[];
-  auto* q_high = reinterpret_cast<__half*>(memory);                     // [heads][R]
+  auto* q_high = reinterpret_cast<__half*>(memory);  // [heads][R]
   __half* q_low = q_high + kDecodeHeads * sizes.query_stride();
   T* q_rope = reinterpret_cast<T*>(q_low + kDecodeHeads * sizes.query_stride());  // [heads][P]
   auto* w_high = reinterpret_cast<__half*>(q_rope + kDecodeHeads * sizes.rope_stride());
   __half* w_low = w_high + kDecodeHeads * TensorMemory::kWeightHalves;  // [heads][tokens]
   auto* q_scale = reinterpret_cast<float*>(w_low + kDecodeHeads * TensorMemory::kWeightHalves);
-  float* warp_most = q_scale + 4 * kDecodeHeads;   // [warps][heads]
+  float* warp_most = q_scale + 4 * kDecodeHeads;     // [warps][heads]
   float* warp_total = warp_most + 4 * kDecodeHeads;  // [warps][heads]
   unsigned char* stages = memory + sizes.fixed_bytes();
 
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kTensorThreads)
     __syncthreads();
     const unsigned char* latent = stages + step % 2 * sizes.stage_bytes();
     const T* rope = reinterpret_cast<const T*>(latent + kDecodeTokens * sizes.latent_stride());
-    const float* scale =
-        reinterpret_cast<const float*>(rope + kDecodeTokens * sizes.rope_stride());
+    const float* scale = reinterpret_cast<const float*>(rope + kDecodeTokens * sizes.rope_stride());
 
     // Scores of 16 heads and this warp's 16 tokens. Dimension 4 t + j of 16 is k index 2 t + j
     // for j < 2, else 2 t + 6 + j: any order serves, if both operands have it.
@@ -168,8 +167,8 @@ __global__ void __launch_bounds__(kTensorThreads)
     for (int k = 0; k < rope_dim / 16; ++k) {
       std::uint32_t a[4];
       for (int r = 0; r < 2; ++r) {
-        const uint2 q = *reinterpret_cast<const uint2*>(
-            q_rope + (g + 8 * r) * sizes.rope_stride() + 16 * k + 4 * t);
+        const uint2 q = *reinterpret_cast<const uint2*>(q_rope + (g + 8 * r) * sizes.rope_stride() +
+                                                        16 * k + 4 * t);
         a[r] = q.x, a[r + 2] = q.y;
       }
       for (int n = 0; n < 2; ++n) {
@@ -183,9 +182,9 @@ __global__ void __launch_bounds__(kTensorThreads)
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * warp + 8 * n + 2 * t + i % 2, r = i / 2;
         inverse[n][i % 2] = 1.0F / scale[row];
-        const float value = (score[n][i] + low_score[n][i]) * q_scale[g + 8 * r] *
-                                inverse[n][i % 2] +
-                            rope_score[n][i];
+        const float value =
+            (score[n][i] + low_score[n][i]) * q_scale[g + 8 * r] * inverse[n][i % 2] +
+            rope_score[n][i];
         score[n][i] = tile + row < visible ? value * args.softmax_scale : -INFINITY;
         most[r] = larger(most[r], score[n][i]);
       }

@@ -15,8 +15,7 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
   constexpr std::int64_t kAlwaysAllowed = 48 * 1024;
   if (bytes <= kAlwaysAllowed) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 /// Brings int8 rows [m, k] into the order of fragments.

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
   extern __shared__ __align__(16) float row_memory[];
   const int group = threadIdx.x / kGroup;
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kQuantizeThreads / kGroup) + group;
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kQuantizeThreads / kGroup) + group;
   if (row >= m) return;
   source.x += row * source.k * (source.gated ? 2 : 1);
   const RowScale scale = quantize_row<kGroup, kActivation>(

@@ -1,5 +1,5 @@
-// One row of activations by one thread block or one warp: gate, RMSNorm, absmax, quantise. Both kernels that
-// quantise are built on it. Numerics: tinylm/norm.py and tinylm/quantization.py.
+// One row of activations by one thread block or one warp: gate, RMSNorm, absmax, quantise. Both
+// kernels that quantise are built on it. Numerics: tinylm/norm.py and tinylm/quantization.py.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -9,8 +9,8 @@
 
 namespace tinylm::cuda {
 
-// Every float8_e4m3fn value is an integer in units of 2^-9, at most 448 * 512. It is summed as three
-// int8 digits in base 256, which int8 tensor cores sum exactly; fp8 ones keep too few bits.
+// Every float8_e4m3fn value is an integer in units of 2^-9, at most 448 * 512. It is summed as
+// three int8 digits in base 256, which int8 tensor cores sum exactly; fp8 ones keep too few bits.
 inline constexpr int kFp8Digits = 3;
 inline constexpr float kFp8Units = 512.0F;
 
@@ -79,9 +79,11 @@ __device__ inline int int8_value(float product) {
 
 }  // namespace detail
 
-/// Quantises one row by a thread block of kThreads, or by one warp of a larger one where that is 32.
+/// Quantises one row by a thread block of kThreads, or by one warp of a larger one where that
+/// is 32.
 /// @param row Shared memory [k], scratch.
-/// @param emit Called as emit(digit, column, word) with four values of columns column .. column + 3,
+/// @param emit Called as emit(digit, column, word) with four values of columns column .. column +
+/// 3,
 ///     one byte each; zeros from k to k_padded.
 template <int kThreads, Activation kActivation, typename T, typename Emit>
 __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, int k_padded,

@@ -1,6 +1,5 @@
-#include "ternary_gemm.h"
-
 #include "launch_gemm.cuh"
+#include "ternary_gemm.h"
 
 namespace tinylm::cuda {
 namespace {
@@ -10,7 +9,9 @@ bool valid(const BitLinearParams& p) {
   return p.m >= 0 && p.n > 0 && p.k > 0 && p.k % 4 == 0 && p.k <= most;
 }
 
-int num_blocks(std::int64_t k) { return static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs); }
+int num_blocks(std::int64_t k) {
+  return static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs);
+}
 
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
@@ -23,8 +24,8 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   // Many short rows: a warp for each, which never waits for another.
   constexpr std::int64_t kManyRows = 512, kShort = 4096;
   const bool by_warp = p.m >= kManyRows && p.k <= kShort;
-  const auto kernel = by_warp ? quantize_rows<32, kActivation, T>
-                              : quantize_rows<kQuantizeThreads, kActivation, T>;
+  const auto kernel =
+      by_warp ? quantize_rows<32, kActivation, T> : quantize_rows<kQuantizeThreads, kActivation, T>;
   const std::int64_t rows_at_once = by_warp ? kQuantizeThreads / 32 : 1;
   const auto bytes = rows_at_once * p.k * static_cast<std::int64_t>(sizeof(float));
   if (const auto error = allow_shared_memory(kernel, bytes)) return error;
@@ -72,8 +73,8 @@ __global__ void gather_quantized(QuantizedRows rows, void* q, float* s, int k, i
     int value = 0;
     for (int digit = num_digits(kActivation) - 1; digit >= 0; --digit) {
       const std::int64_t at = activation_offset(row, i / 4 * 4, blocks) + i % 4;
-      value = value * 256 +
-              static_cast<std::int8_t>(rows.activations[digit * rows.digit_bytes + at]);
+      value =
+          value * 256 + static_cast<std::int8_t>(rows.activations[digit * rows.digit_bytes + at]);
     }
     if (kActivation == Activation::kInt8) {
       static_cast<std::int8_t*>(q)[row * k + i] = static_cast<std::int8_t>(value);

@@ -41,8 +41,9 @@ __device__ inline void add_block(int (&acc)[kTiles][4], uint4 weights, Load b) {
 /// Sums the blocks of one warp, digit by digit: acc = acc * 256 + digit's sum (Horner).
 /// load_b(digit, block, tile, half) gives the activations.
 template <int kTiles, int kDigits, typename Load>
-__device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* weights, int num_blocks,
-                                  const uint4 (&prefetched)[kGemvPrefetch], Load load_b) {
+__device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* weights,
+                                  int num_blocks, const uint4 (&prefetched)[kGemvPrefetch],
+                                  Load load_b) {
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int digit = kDigits - 1; digit >= 0; --digit) {
@@ -50,9 +51,8 @@ __device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* wei
     for (int i = 0; i < kGemvPrefetch; ++i) {
       const int block = warp + i * kGemvWarps;
       if (block < num_blocks) {
-        add_block<kTiles>(acc, prefetched[i], [&](int tile, int half) {
-          return load_b(digit, block, tile, half);
-        });
+        add_block<kTiles>(acc, prefetched[i],
+                          [&](int tile, int half) { return load_b(digit, block, tile, half); });
       }
     }
     for (int block = warp + kGemvPrefetch * kGemvWarps; block < num_blocks; block += kGemvWarps) {

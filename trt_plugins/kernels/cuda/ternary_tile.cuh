@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       for (int i = 16 * threadIdx.x; i < kWeightBytes; i += 16 * Shape::kThreads) {
         const std::int64_t tile = first_tile_n + i / kWeightBlockBytes;
         const bool exists = tile < num_tiles_n;
-        const std::uint8_t* from = packed + (tile * num_blocks + block) * kWeightBlockBytes +
-                                   i % kWeightBlockBytes;
+        const std::uint8_t* from =
+            packed + (tile * num_blocks + block) * kWeightBlockBytes + i % kWeightBlockBytes;
         detail::copy_async(to + i, exists ? from : packed, exists);
       }
     }
@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       uint4 rows[kTilesM];
 #pragma unroll
       for (int j = 0; j < kTilesM; ++j) {
-        rows[j] =
-            *reinterpret_cast<const uint4*>(stage + j * kActivationBlockBytes + half * 512);
+        rows[j] = *reinterpret_cast<const uint4*>(stage + j * kActivationBlockBytes + half * 512);
       }
 #pragma unroll
       for (int i = 0; i < kTilesN; ++i) {
@@ -152,8 +151,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 #pragma unroll
   for (int j = 0; j < 2 * kTilesM; ++j) {
-    const std::int64_t row =
-        first_row + 8 * (warp_m * kTilesM + j / 2) + 2 * t + j % 2;
+    const std::int64_t row = first_row + 8 * (warp_m * kTilesM + j / 2) + 2 * t + j % 2;
     if (row >= m) continue;
     const RowScale scale = {__ldg(scales.s + row), __ldg(scales.sums + row)};
     const RowOutput<Y> to(out, row, scale);

@@ -17,9 +17,19 @@ TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, 
                                       const void* residual, void* y, const std::uint8_t* weight,
                                       const float* weight_scale, const float* norm_weight,
                                       float eps, void* workspace, void* stream) {
-  const BitLinearParams params{static_cast<DataType>(type), static_cast<Activation>(activation),
-                               m, n, k, gated != 0, x, residual, y, weight, weight_scale,
-                               norm_weight, eps};
+  const BitLinearParams params{static_cast<DataType>(type),
+                               static_cast<Activation>(activation),
+                               m,
+                               n,
+                               k,
+                               gated != 0,
+                               x,
+                               residual,
+                               y,
+                               weight,
+                               weight_scale,
+                               norm_weight,
+                               eps};
   return bit_linear(params, workspace, static_cast<cudaStream_t>(stream));
 }
 
@@ -72,8 +82,19 @@ TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const v
                                             const std::int32_t* seq_lens, std::int8_t* latent,
                                             float* scale, void* rope, void* y, void* workspace,
                                             void* stream) {
-  const LatentAttentionParams params{
-      static_cast<DataType>(sizes->type), sizes->batch, sizes->length, sizes->capacity, qkv,
-      norm_weight, kv_b, kv_b_scale, past_lens, seq_lens, latent, scale, rope, y};
+  const LatentAttentionParams params{static_cast<DataType>(sizes->type),
+                                     sizes->batch,
+                                     sizes->length,
+                                     sizes->capacity,
+                                     qkv,
+                                     norm_weight,
+                                     kv_b,
+                                     kv_b_scale,
+                                     past_lens,
+                                     seq_lens,
+                                     latent,
+                                     scale,
+                                     rope,
+                                     y};
   return latent_attention(shape_of(*sizes), params, workspace, static_cast<cudaStream_t>(stream));
 }
