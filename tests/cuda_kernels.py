@@ -31,11 +31,9 @@ class Sizes(ctypes.Structure):
 
 
 def library_path() -> Path | None:
-    """Return the test library: in TINYLM_NATIVE_DIR, or in the build trees of this checkout."""
-    folders = [_ROOT / "build" / "gpu", _ROOT / "build" / "native" / "tests" / "cuda"]
-    named = os.environ.get("TINYLM_NATIVE_DIR")
-    if named:
-        folders = [Path(named), Path(named) / "lib", *folders]
+    """Return the test library: in TINYLM_NATIVE_DIR, or in the build tree of this checkout."""
+    root = Path(os.environ.get("TINYLM_NATIVE_DIR") or _ROOT / "build" / "native")
+    folders = (root, root / "lib", root / "tests" / "cuda")
     return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
 
 
