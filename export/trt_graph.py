@@ -34,11 +34,7 @@ def plugin_graph(
     Raises:
         ExportError: The graph is not as it was exported; names the node and says why.
     """
-    _require_cache(model)
-    if all_logits:
-        expose_all_logits(model)
-    drop_function_bodies(model)
-    fuse_projections(model).require_all("join the projections of one input")
+    _prepare(model, all_logits)
     trt_flash_mla(model).require_all("let FlashMLA read the fused projection")
     fold_swiglu(model).require_all("fold SwiGLU into a BitLinear")
     fold_residual(model).require_all("fold the residual into a BitLinear")
@@ -62,12 +58,7 @@ def dense_graph(
     Raises:
         ExportError: The graph is not as it was exported; names the node and says why.
     """
-    _require_cache(model)
-    if all_logits:
-        expose_all_logits(model)
-    drop_function_bodies(model)
-    # A fair rival also reads its input once for both.
-    fuse_projections(model).require_all("join the projections of one input")
+    _prepare(model, all_logits)
     make_dense(model, max_seq_len=config.max_seq_len).require_all("make it dense")
     cast_graph(model, dtype)
     return model
@@ -80,3 +71,12 @@ def _require_cache(model: ir.Model) -> None:
             f"an engine needs a model of the task {TASK}, found one with the inputs "
             f"{', '.join(map(str, names))}. Export the checkpoint with `--task {TASK}`."
         )
+
+
+def _prepare(model: ir.Model, all_logits: bool) -> None:
+    """Do what both rewrites begin with; a fair rival also reads its input once for both."""
+    _require_cache(model)
+    if all_logits:
+        expose_all_logits(model)
+    drop_function_bodies(model)
+    fuse_projections(model).require_all("join the projections of one input")

@@ -80,25 +80,6 @@ void BitLinearPlugin::check(const PluginTensorDesc* in, std::int32_t count) cons
   }
 }
 
-std::int32_t BitLinearPlugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int32_t count,
-                                              const DynamicPluginTensorDesc*,
-                                              std::int32_t) noexcept {
-  return guarded(node_, -1, [&] {
-    std::vector<PluginTensorDesc> tensors;
-    for (std::int32_t i = 0; i < count; ++i) tensors.push_back(in[i].desc);
-    check(tensors.data(), count);
-    return 0;
-  });
-}
-
-std::int32_t BitLinearPlugin::onShapeChange(const PluginTensorDesc* in, std::int32_t count,
-                                            const PluginTensorDesc*, std::int32_t) noexcept {
-  return guarded(node_, -1, [&] {
-    check(in, count);
-    return 0;
-  });
-}
-
 std::int32_t BitLinearPlugin::getOutputDataTypes(DataType* out, std::int32_t, const DataType* in,
                                                  std::int32_t) const noexcept {
   out[0] = in[kX];

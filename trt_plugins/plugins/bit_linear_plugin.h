@@ -15,11 +15,9 @@ class BitLinearPlugin final : public PluginBase<BitLinearPlugin, nvinfer1::IPlug
   explicit BitLinearPlugin(const FieldReader& fields);
   static void describe(std::vector<nvinfer1::PluginField>& fields);
   void write(FieldWriter& fields) const;
+  void check(const nvinfer1::PluginTensorDesc* in, std::int32_t count) const;
 
   std::int32_t getNbOutputs() const noexcept override { return 1; }
-  std::int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, std::int32_t num_inputs,
-                               const nvinfer1::DynamicPluginTensorDesc* out,
-                               std::int32_t num_outputs) noexcept override;
   std::int32_t getOutputDataTypes(nvinfer1::DataType* out, std::int32_t num_outputs,
                                   const nvinfer1::DataType* in,
                                   std::int32_t num_inputs) const noexcept override;
@@ -34,16 +32,12 @@ class BitLinearPlugin final : public PluginBase<BitLinearPlugin, nvinfer1::IPlug
   std::size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, std::int32_t num_inputs,
                                const nvinfer1::DynamicPluginTensorDesc* out,
                                std::int32_t num_outputs) const noexcept override;
-  std::int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, std::int32_t num_inputs,
-                             const nvinfer1::PluginTensorDesc* out,
-                             std::int32_t num_outputs) noexcept override;
   std::int32_t enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,
                        const void* const* inputs, void* const* outputs, void* workspace,
                        cudaStream_t stream) noexcept override;
 
  private:
   std::int32_t num_inputs() const { return 3 + has_norm_ + has_residual_; }
-  void check(const nvinfer1::PluginTensorDesc* in, std::int32_t count) const;
 
   cuda::Activation activation_;
   float eps_;

@@ -4,7 +4,7 @@
 
 #include <memory>
 #include <string>
-#include <type_traits>
+#include <vector>
 
 #include "fields.h"
 #include "logging.h"
@@ -12,8 +12,9 @@
 namespace tinylm::plugins {
 
 /// A plugin without state beyond its attributes, so that clones and contexts may run at once.
-/// @tparam Derived Has `static constexpr const char* kName`, `Derived(const FieldReader&)` and
-///     `void write(FieldWriter&) const`.
+/// @tparam Derived Has `static constexpr const char* kName`, `Derived(const FieldReader&)`,
+///     `void write(FieldWriter&) const` and `void check(const PluginTensorDesc*, std::int32_t)
+///     const`, which throws std::invalid_argument where the inputs don't fit the attributes.
 /// @tparam Build nvinfer1::IPluginV3OneBuild or V2.
 template <typename Derived, typename Build>
 class PluginBase : public nvinfer1::IPluginV3,
@@ -57,6 +58,25 @@ class PluginBase : public nvinfer1::IPluginV3,
       self().write(*writer);
       serialized_ = writer;
       return writer->collection();
+    });
+  }
+
+  std::int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, std::int32_t count,
+                               const nvinfer1::DynamicPluginTensorDesc*,
+                               std::int32_t) noexcept override {
+    return guarded(node_, -1, [&] {
+      std::vector<nvinfer1::PluginTensorDesc> tensors;
+      for (std::int32_t i = 0; i < count; ++i) tensors.push_back(in[i].desc);
+      self().check(tensors.data(), count);
+      return 0;
+    });
+  }
+
+  std::int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, std::int32_t count,
+                             const nvinfer1::PluginTensorDesc*, std::int32_t) noexcept override {
+    return guarded(node_, -1, [&] {
+      self().check(in, count);
+      return 0;
     });
   }
 

@@ -17,11 +17,16 @@ inline constexpr int kBlockInputs = 128;
 inline constexpr int kWeightBlockBytes = 512;       // 16 outputs x 128 inputs
 inline constexpr int kActivationBlockBytes = 1024;  // 8 rows x 128 inputs
 
+/// Blocks of 128 inputs that hold k.
+__host__ __device__ inline int num_blocks(std::int64_t k) {
+  return static_cast<int>((k + kBlockInputs - 1) / kBlockInputs);
+}
+
 /// Byte offset of the word with columns column .. column + 3 (a multiple of 4) of a row among the
 /// activations of one digit.
 __host__ __device__ inline std::int64_t activation_offset(std::int64_t row, int column,
-                                                          int num_blocks) {
-  const std::int64_t block = row / 8 * num_blocks + column / kBlockInputs;
+                                                          int row_blocks) {
+  const std::int64_t block = row / 8 * row_blocks + column / kBlockInputs;
   const int in_block = column % kBlockInputs;
   const int half = in_block / 64;
   const int lane = static_cast<int>(row % 8) * 4 + in_block % 16 / 4;
@@ -70,8 +75,8 @@ __device__ inline double code_value<double>(std::uint32_t word, int i, int byte)
 /// One word of packed weights: rows 16 * row_block + g and + 8 of lane 4 * g + t, columns
 /// 32 * column_word + 16 * half + 4 * t + byte.
 __device__ inline std::uint32_t weight_word(const std::uint8_t* weight, int row_block,
-                                            int column_word, int num_blocks, int lane) {
-  const std::int64_t block = static_cast<std::int64_t>(row_block) * num_blocks + column_word / 4;
+                                            int column_word, int row_blocks, int lane) {
+  const std::int64_t block = static_cast<std::int64_t>(row_block) * row_blocks + column_word / 4;
   return __ldg(reinterpret_cast<const std::uint32_t*>(weight + block * kWeightBlockBytes) +
                lane * 4 + column_word % 4);
 }

@@ -34,7 +34,7 @@ struct LatentArgs {
   T* y;
 
   __device__ int qk_dim() const { return nope_dim + rope_dim; }
-  __device__ int kv_b_blocks() const { return (rank + kBlockInputs - 1) / kBlockInputs; }
+  __device__ int kv_b_blocks() const { return num_blocks(rank); }
 };
 
 /// One new token: batch row, index among the new ones, position in the sequence.

@@ -270,15 +270,8 @@ cudaError_t latent_attention(const LatentAttentionShape& shape, const LatentAtte
     return cudaErrorInvalidValue;
   }
   if (p.batch == 0 || p.length == 0) return cudaSuccess;
-  switch (p.type) {
-    case DataType::kFloat:
-      return run<float>(shape, p, workspace, stream);
-    case DataType::kHalf:
-      return run<__half>(shape, p, workspace, stream);
-    case DataType::kBFloat16:
-      return run<__nv_bfloat16>(shape, p, workspace, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(
+      p.type, [&](auto element) { return run<decltype(element)>(shape, p, workspace, stream); });
 }
 
 }  // namespace tinylm::cuda

@@ -18,13 +18,26 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+/// Calls f(T{}) with the element type.
+template <typename F>
+cudaError_t with_type(DataType type, F f) {
+  switch (type) {
+    case DataType::kFloat:
+      return f(float{});
+    case DataType::kHalf:
+      return f(__half{});
+    case DataType::kBFloat16:
+      return f(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 /// Brings int8 rows [m, k] into the order of fragments.
 inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,
                                   std::int64_t k, const QuantizedRows& out, const RowLimits& limits,
                                   cudaStream_t stream) {
   arrange_rows<<<static_cast<unsigned>(m), kArrangeThreads, 0, stream>>>(
-      q, s, static_cast<int>(k), static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs), out,
-      limits);
+      q, s, static_cast<int>(k), num_blocks(k), out, limits);
   return cudaGetLastError();
 }
 
@@ -46,14 +59,14 @@ cudaError_t launch_tile(const Product& p, const Output<Y>& out, cudaStream_t str
   const dim3 grid(static_cast<unsigned>((p.m + Shape::kRows - 1) / Shape::kRows),
                   static_cast<unsigned>((out.n + Shape::kOutputs - 1) / Shape::kOutputs));
   kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(
-      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, p.weight,
-      static_cast<int>(round_up(p.k, kBlockInputs) / kBlockInputs), out, p.m, p.limits);
+      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, p.weight, num_blocks(p.k),
+      out, p.m, p.limits);
   return cudaGetLastError();
 }
 
 template <int kTiles, Activation kActivation, typename Y>
 cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
-  const GemvWeights weights{p.weight, static_cast<int>(round_up(p.k, kBlockInputs) / kBlockInputs)};
+  const GemvWeights weights{p.weight, num_blocks(p.k)};
   const dim3 blocks(static_cast<unsigned>((out.n + 15) / 16),
                     static_cast<unsigned>((p.m + 8 * kTiles - 1) / (8 * kTiles)));
   ternary_gemv<kActivation, kTiles, Y><<<blocks, kGemvThreads, 0, stream>>>(

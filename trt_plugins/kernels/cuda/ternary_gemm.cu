@@ -9,10 +9,6 @@ bool valid(const BitLinearParams& p) {
   return p.m >= 0 && p.n > 0 && p.k > 0 && p.k % 4 == 0 && p.k <= most;
 }
 
-int num_blocks(std::int64_t k) {
-  return static_cast<int>(round_up(k, kBlockInputs) / kBlockInputs);
-}
-
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
   return {static_cast<const T*>(p.x), p.norm_weight, p.eps, static_cast<int>(p.k), p.gated};
@@ -49,20 +45,6 @@ cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) 
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation);
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
   return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}}, out, stream);
-}
-
-/// Calls f(T{}) with the element type.
-template <typename F>
-cudaError_t with_type(DataType type, F f) {
-  switch (type) {
-    case DataType::kFloat:
-      return f(float{});
-    case DataType::kHalf:
-      return f(__half{});
-    case DataType::kBFloat16:
-      return f(__nv_bfloat16{});
-  }
-  return cudaErrorInvalidValue;
 }
 
 /// Back from the order of fragments to [m, k].

@@ -11,9 +11,6 @@ namespace tinylm::cuda {
 /// Element type of activations.
 enum class DataType { kFloat, kHalf, kBFloat16 };
 
-/// Bytes of one element.
-inline constexpr int size_of(DataType type) { return type == DataType::kFloat ? 4 : 2; }
-
 /// Number format of quantised activations.
 enum class Activation { kInt8, kFp8E4m3 };
 
