@@ -1,7 +1,8 @@
 """The contract of the TensorRT plugins: names, inputs and attributes.
 
 They are the ops of :mod:`tinylm_export.ops` after the passes of :mod:`tinylm_export.trt_graph` have
-fused projections, gate and residual, and packed the weights (:mod:`tinylm_export.gpu_packing`).
+fused projections, gate and residual, and packed the weights (:mod:`tinylm_export.gpu_packing`), and
+the head with what it reads.
 ``trt_plugins/plugins`` is held to these tables by tests/test_gpu_build.py. Letters in shapes are
 those of :mod:`tinylm_export.ops`; T is the graph's type: float, half or bfloat16.
 """
@@ -69,4 +70,22 @@ FLASH_MLA_PLUGIN = OpSpec(
     ),
 )
 
-PLUGINS: dict[str, OpSpec] = {spec.name: spec for spec in (BIT_LINEAR_PLUGIN, FLASH_MLA_PLUGIN)}
+LM_HEAD_PLUGIN = OpSpec(
+    name="LmHead",
+    doc=(
+        "RMSNorm, rounded to T, of each row's last token, and its product with the table, summed "
+        "in float32. A table that is the embedding too is kept once in an engine."
+    ),
+    inputs=(
+        Parameter("x", "T", "[B, S, K]", "hidden states before the final norm"),
+        Parameter("table", "T", "[N, K]", "weight of the head; K a multiple of 4, at most 6144"),
+        Parameter("norm_weight", _FLOAT, "[K]", "RMSNorm weight"),
+        Parameter("seq_lens", _INT32, "[B]", "valid new tokens, right-padded; 0 reads the first"),
+    ),
+    outputs=(Parameter("logits", _FLOAT, "[B, N]", "logits of the last tokens"),),
+    attributes=(Attribute("eps", "float", "added to the mean square in RMSNorm"),),
+)
+
+PLUGINS: dict[str, OpSpec] = {
+    spec.name: spec for spec in (BIT_LINEAR_PLUGIN, FLASH_MLA_PLUGIN, LM_HEAD_PLUGIN)
+}

@@ -10,6 +10,7 @@ from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.cast_graph import cast_graph
 from tinylm_export.passes.dense import make_dense
 from tinylm_export.passes.drop_function_bodies import drop_function_bodies
+from tinylm_export.passes.fold_lm_head import fold_lm_head
 from tinylm_export.passes.fold_residual import fold_residual
 from tinylm_export.passes.fold_swiglu import fold_swiglu
 from tinylm_export.passes.fuse_projections import fuse_projections
@@ -23,7 +24,7 @@ TASK = "text-generation-with-past"
 def plugin_graph(
     model: ir.Model, *, dtype: str = "bf16", fp8_act: bool = False, all_logits: bool = False
 ) -> ir.Model:
-    """Rewrite an exported model to BitLinear and FlashMLA plugins, in place, and return it.
+    """Rewrite an exported model to plugins, in place, and return it.
 
     Args:
         model: What ``tinylm-export onnx`` wrote, with the latent cache.
@@ -38,6 +39,7 @@ def plugin_graph(
     trt_flash_mla(model).require_all("let FlashMLA read the fused projection")
     fold_swiglu(model).require_all("fold SwiGLU into a BitLinear")
     fold_residual(model).require_all("fold the residual into a BitLinear")
+    fold_lm_head(model).require_all("fold the final norm into the head")
     prepack_weights(model).require_all("pack its weight for the GPU")
     mark_plugins(model, activation="fp8_e4m3" if fp8_act else None)
     cast_graph(model, dtype)

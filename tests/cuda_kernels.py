@@ -138,6 +138,22 @@ def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
     return sums
 
 
+def lm_head(
+    x: Tensor, table: Tensor, norm: Tensor, seq_lens: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """Return logits [B, N] of the last tokens of x [B, S, K]."""
+    batch, length, hidden = x.shape
+    logits = poisoned(batch, table.shape[0], dtype=torch.float32)
+    _check(
+        library().tinylm_lm_head(
+            *(_TYPES[x.dtype], *_int64(batch, length, hidden, table.shape[0])),
+            *map(_pointer, (x, table, norm, seq_lens, logits)),
+            *(ctypes.c_float(eps), _stream()),
+        )
+    )
+    return logits
+
+
 def attention_sizes(
     shape: AttentionShape, rank: int, batch: int, length: int, capacity: int, dtype: torch.dtype
 ) -> Sizes:

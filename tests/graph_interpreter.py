@@ -93,6 +93,14 @@ def _flash_mla(inputs: list[Any], attributes: dict[str, Any]) -> list[Tensor]:
     return list(torch_op("FlashMLA")(*inputs, **kwargs))
 
 
+def _lm_head(inputs: list[Any], attributes: dict[str, Any]) -> list[Tensor]:
+    x, table, norm, seq_lens = inputs
+    assert x.dtype == table.dtype
+    last = x[torch.arange(len(x)), (seq_lens.long() - 1).clamp_min(0)].float()
+    rms = (last.square().mean(dim=-1, keepdim=True) + attributes["eps"]).sqrt()
+    return [((last / rms * norm).to(x.dtype) @ table.t()).float()]
+
+
 def _repack(weight: Tensor, rows: int, columns: int) -> Tensor:
     return pack(torch.from_numpy(unpack_gpu(weight.numpy(), rows, columns)))
 
@@ -135,6 +143,7 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
 _CUSTOM: dict[str, Any] = {
     "BitLinear": _bit_linear,
     "FlashMLA": _flash_mla,
+    "LmHead": _lm_head,
     "SwiGLU": lambda inputs, _: [torch_op("SwiGLU")(*inputs)],
 }
 _STANDARD: dict[str, Any] = {

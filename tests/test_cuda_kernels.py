@@ -281,6 +281,54 @@ def test_a_full_cache_spoils_only_what_does_not_fit(dtype: torch.dtype, length: 
     assert y[:-1].isfinite().all() and y[-1, :-1].isfinite().all()
 
 
+class Head:
+    """A random head and its input."""
+
+    def __init__(self, seed: int) -> None:
+        rng, g = random.Random(seed), generator_for(seed)
+        batch, length = rng.choice((1, 1, 2, 8, 9, 17, 33, 64, 70)), rng.randint(1, 9)
+        hidden, vocab = 4 * rng.randint(1, 300), rng.randint(1, 900)
+        if seed % 50 == 0:
+            hidden = 6144  # as many as the kernels take
+        self.dtype = rng.choice(DTYPES)
+        x = torch.randn(batch, length, hidden, generator=g, device="cuda")
+        self.x = (x * 10.0 ** rng.uniform(-3, 2)).to(self.dtype)
+        self.table = torch.randn(vocab, hidden, generator=g, device="cuda").to(self.dtype)
+        self.norm = torch.rand(hidden, generator=g, device="cuda") + 0.5
+        self.lens = torch.randint(length + 1, (batch,), generator=g, device="cuda").int()
+        rows = torch.arange(length, device="cuda")
+        self.x[rows >= self.lens.clamp_min(1)[:, None]] = float("nan")  # padding
+
+    def run(self) -> Tensor:
+        return cuda_kernels.lm_head(self.x, self.table, self.norm, self.lens)
+
+    def check(self, found: Tensor) -> None:
+        rows = torch.arange(len(self.x), device="cuda")
+        last = self.x[rows, (self.lens.long() - 1).clamp_min(0)].double()
+        rms = (last.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        normed, table = last / rms * self.norm, self.table.double()
+        expected = normed.to(self.dtype).double() @ table.T
+        # float32 sums, and one value whose norm lies between two of the type.
+        unit = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+        one = normed.abs().amax(-1, keepdim=True) * table.abs().amax(-1)
+        limit = 1e-6 * (normed.abs() @ table.abs().T) + 2 * unit[self.dtype] * one
+        assert ((found - expected).abs() <= limit).all()
+
+
+def test_the_head_on_random_shapes() -> None:
+    for seed in range(NUM_SHAPES):
+        head = Head(seed)
+        head.check(head.run())
+
+
+def test_the_heads_repeats_are_the_same_in_every_bit() -> None:
+    for seed in range(6):
+        head = Head(seed)
+        first = head.run()
+        for _ in range(NUM_REPEATS - 1):
+            assert torch.equal(head.run(), first)
+
+
 def test_unsupported_shapes_say_why() -> None:
     shape = AttentionShape(
         num_heads=2, nope_dim=8, rope_dim=6, value_dim=8, theta=1e4, eps=1e-5, softmax_scale=1.0

@@ -25,6 +25,7 @@ from tinylm_export.ops import DOMAIN
 from tinylm_export.passes.all_logits import expose_all_logits
 from tinylm_export.passes.cast_graph import DTYPES, cast_graph
 from tinylm_export.passes.drop_function_bodies import drop_function_bodies
+from tinylm_export.passes.fold_lm_head import fold_lm_head
 from tinylm_export.passes.fold_residual import fold_residual
 from tinylm_export.passes.fold_swiglu import fold_swiglu
 from tinylm_export.passes.fuse_projections import fuse_projections
@@ -251,6 +252,28 @@ def test_residuals_that_do_not_fit_stay(model: TinyLM) -> None:
     assert len(done.matched) + len(done.refused) == 4
 
 
+def test_the_norm_is_folded_into_the_head(model: TinyLM, batch: RaggedBatch) -> None:
+    onnx_model = build_onnx(model)
+    expected = run_graph(onnx_model, feeds(model, batch))
+    assert fold_lm_head(onnx_model).matched == ["lm_head"]
+    head = node(onnx_model, "lm_head")
+    names = [str(value.name) for value in head.inputs if value is not None]
+    assert names[1:] == ["embed_tokens.weight", "norm.weight", "seq_lens"]
+    assert not [n.name for n in onnx_model.graph if str(n.name).startswith(("norm", "last_token"))]
+    assert_same(run_graph(onnx_model, feeds(model, batch)), expected)
+
+
+def test_a_head_without_the_norm_stays(model: TinyLM) -> None:
+    onnx_model = build_onnx(model)
+    node(onnx_model, "norm").name = "another"
+    done = fold_lm_head(onnx_model)
+    assert not done.matched and "does not read an RMSNorm called 'norm'" in done.refused["lm_head"]
+    with_all = expose_all_logits(build_onnx(model))
+    assert fold_lm_head(with_all) == Rewrites()
+    model.quantize_head()
+    assert fold_lm_head(build_onnx(model)) == Rewrites()
+
+
 def test_weights_are_packed_for_the_gpu(model: TinyLM, batch: RaggedBatch) -> None:
     onnx_model = fused(model)
     trt_flash_mla(onnx_model)
@@ -325,8 +348,11 @@ def test_marking_refuses_what_has_no_plugin(model: TinyLM) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_types_of_the_graph(model: TinyLM, batch: RaggedBatch, dtype: str) -> None:
-    onnx_model = plugin_graph(build_onnx(model), dtype=dtype)
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_types_of_the_graph(
+    model: TinyLM, batch: RaggedBatch, dtype: str, all_logits: bool
+) -> None:
+    onnx_model = plugin_graph(build_onnx(model), dtype=dtype, all_logits=all_logits)
     graph = onnx_model.graph
     dtypes = {str(v.name): v.dtype for v in [*graph.inputs, *graph.outputs]}
     kind = DTYPES[dtype]
@@ -340,7 +366,9 @@ def test_types_of_the_graph(model: TinyLM, batch: RaggedBatch, dtype: str) -> No
     inputs = feeds(model, batch)
     inputs |= {n: v.to(HALF[dtype]) for n, v in inputs.items() if n.endswith(".rope")}
     run_graph(onnx_model, inputs)  # which checks every value's type
-    assert Counter(n.op_type for n in graph)["Cast"] == 4  # last token, norm in and out, logits
+    casts = [str(n.name) for n in graph if n.op_type == "Cast"]
+    in_and_out_of_the_norm = ["layers.1.mlp.down_proj.y.fp32", f"norm.{dtype}"]
+    assert casts == ([*in_and_out_of_the_norm, "logits"] if all_logits else [])
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -401,10 +429,10 @@ def test_nodes_of_the_whole_graph(model: TinyLM) -> None:
     onnx_model = plugin_graph(build_onnx(model))
     names = [n.name for n in onnx_model.graph if n.domain == DOMAIN]
     parts = ("self_attn.qkv_proj", "self_attn", "self_attn.o_proj", "mlp.gate_up_proj")
-    assert names == [f"layers.{i}.{part}" for i in LAYERS for part in (*parts, "mlp.down_proj")]
-    outside = Counter(n.op_type for n in onnx_model.graph if n.domain != DOMAIN)
-    assert "Split" not in outside and outside["Gemm"] == outside["Gather"] == 1
-    marked = mark_outputs(onnx_model, map(str, names))
+    in_layers = [f"layers.{i}.{part}" for i in LAYERS for part in (*parts, "mlp.down_proj")]
+    assert names == [*in_layers, "lm_head"]
+    assert [n.op_type for n in onnx_model.graph if n.domain != DOMAIN] == ["Gather"]
+    marked = mark_outputs(onnx_model, in_layers)
     assert marked["layers.0.self_attn.o_proj"] == "layers.0.self_attn.o_proj.y"
     graph_inputs = [str(v.name) for v in onnx_model.graph.inputs]
     assert graph_inputs[:3] == ["input_ids", "past_lens", "seq_lens"]

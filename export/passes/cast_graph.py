@@ -17,8 +17,8 @@ DTYPES = {
 }
 _NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 # Inputs and outputs of the plugins' form that have the graph's type; the others are float32.
-_TYPED_INPUTS = {"BitLinear": {0, 4}, "FlashMLA": {0, 8}}
-_TYPED_OUTPUTS = {"BitLinear": {0}, "FlashMLA": {0, 3}}
+_TYPED_INPUTS = {"BitLinear": {0, 4}, "FlashMLA": {0, 8}, "LmHead": {0, 1}}
+_TYPED_OUTPUTS: dict[str, set[int]] = {"BitLinear": {0}, "FlashMLA": {0, 3}, "LmHead": set()}
 _PRECISION = "tinylm.precision"
 _FINAL_NORM = "norm"
 F32 = ir.DataType.FLOAT

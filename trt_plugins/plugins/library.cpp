@@ -4,6 +4,7 @@
 
 #include "bit_linear_plugin.h"
 #include "flash_mla_plugin.h"
+#include "lm_head_plugin.h"
 
 #define TINYLM_EXPORT extern "C" __attribute__((visibility("default")))
 #define TINYLM_TEXT_(x) #x
@@ -12,6 +13,7 @@
 using tinylm::plugins::BitLinearPlugin;
 using tinylm::plugins::Creator;
 using tinylm::plugins::FlashMlaPlugin;
+using tinylm::plugins::LmHeadPlugin;
 
 /// Called by TensorRT when it loads the library or an engine that holds it.
 TINYLM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
@@ -22,8 +24,9 @@ TINYLM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 TINYLM_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
   static Creator<BitLinearPlugin> bit_linear;
   static Creator<FlashMlaPlugin> flash_mla;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&bit_linear, &flash_mla};
-  count = 2;
+  static Creator<LmHeadPlugin> lm_head;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&bit_linear, &flash_mla, &lm_head};
+  count = 3;
   return creators;
 }
 

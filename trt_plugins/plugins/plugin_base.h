@@ -1,5 +1,5 @@
 /// @file plugin_base.h
-/// What both plugins do alike: names, capabilities, clones, serialisation.
+/// What plugins do alike: names, capabilities, clones, serialisation.
 #pragma once
 
 #include <memory>

@@ -3,34 +3,12 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "quantize.cuh"
 #include "ternary_gemv.cuh"
 #include "ternary_tile.cuh"
 
 namespace tinylm::cuda {
-
-/// Lets a kernel have `bytes` of shared memory, where that is more than every kernel may have.
-template <typename Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
-  constexpr std::int64_t kAlwaysAllowed = 48 * 1024;
-  if (bytes <= kAlwaysAllowed) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
-/// Calls f(T{}) with the element type.
-template <typename F>
-cudaError_t with_type(DataType type, F f) {
-  switch (type) {
-    case DataType::kFloat:
-      return f(float{});
-    case DataType::kHalf:
-      return f(__half{});
-    case DataType::kBFloat16:
-      return f(__nv_bfloat16{});
-  }
-  return cudaErrorInvalidValue;
-}
 
 /// Brings int8 rows [m, k] into the order of fragments.
 inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,

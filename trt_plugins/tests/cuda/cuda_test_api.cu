@@ -1,6 +1,7 @@
 // The kernels' launchers as C functions, for tests through ctypes (tests/cuda_kernels.py). Every
 // function returns a cudaError_t.
 #include "latent_attention.h"
+#include "lm_head.h"
 #include "ternary_gemm.h"
 
 #define TINYLM_TEST_API extern "C" __attribute__((visibility("default")))
@@ -97,4 +98,14 @@ TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const v
                                      rope,
                                      y};
   return latent_attention(shape_of(*sizes), params, workspace, static_cast<cudaStream_t>(stream));
+}
+
+TINYLM_TEST_API int tinylm_lm_head(int type, std::int64_t batch, std::int64_t length,
+                                   std::int64_t hidden, std::int64_t vocab, const void* x,
+                                   const void* table, const float* norm_weight,
+                                   const std::int32_t* seq_lens, float* logits, float eps,
+                                   void* stream) {
+  const LmHeadParams params{static_cast<DataType>(type), batch, length,   hidden, vocab, x, table,
+                            norm_weight,                 seq_lens, logits, eps};
+  return lm_head(params, static_cast<cudaStream_t>(stream));
 }
