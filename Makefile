@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Compiled modules make every later start of Python seconds faster.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup native native-gpu native-if-possible lint test test-gpu sanitize demo clean
+.PHONY: help setup native native-gpu native-if-possible lint test test-gpu sanitize sanitize-gpu demo clean
 
 help:
 	@echo "make demo    train, export, check and run a small model on this machine (minutes)"
@@ -56,6 +56,9 @@ test: lint native-if-possible
 # No set-up: a GPU machine may have no network.
 test-gpu:
 	bash tools/gpu_tests.sh $(PYTHON)
+
+sanitize-gpu:
+	bash tools/gpu_sanitize.sh $(PYTHON)
 
 # The kernels' unit tests under AddressSanitizer with UBSan, and under ThreadSanitizer.
 sanitize: setup

@@ -31,6 +31,7 @@ from tinylm_export.bench_worker import (
     RUNTIMES,
     WorkerSettings,
 )
+from tinylm_export.engine_tables import table_bytes
 from tinylm_export.machine import describe_machine
 from tinylm_export.manifest import EngineManifest
 from tinylm_export.native import BUILD_COMMAND, NativeInfo, choose
@@ -116,7 +117,7 @@ def run_bench(
                 measured,
                 cache_bytes=cache.num_bytes(),
                 file_bytes=_file_bytes(name, directory, source, engine_of.get(name)),
-                table_bytes=_table_bytes(config, engine_of.get(name)),
+                tables=table_bytes(engine_of[name], directory) if name in engine_of else None,
                 same_tokens=_count_same(steps, measured.answer["tokens"]),
             )
             for name, measured in measurements.items()
@@ -271,7 +272,7 @@ def _result(
     *,
     cache_bytes: int,
     file_bytes: int,
-    table_bytes: int | None,
+    tables: int | None,
     same_tokens: int,
 ) -> RuntimeResult:
     prompt_tokens = settings.batch_size * settings.prompt_len
@@ -293,7 +294,7 @@ def _result(
         peak_rss_bytes=peak,
         cache_bytes=cache_bytes,
         file_bytes=file_bytes,
-        layer_bytes=None if table_bytes is None else file_bytes - table_bytes,
+        layer_bytes=None if tables is None else file_bytes - tables,
         same_tokens=same_tokens,
     )
 
@@ -325,15 +326,6 @@ def check_engines(engines: Sequence[str | Path], directory: Path) -> dict[str, P
             )
         found[name] = path
     return found
-
-
-def _table_bytes(config: ModelConfig, engine: Path | None) -> int | None:
-    """Return what embedding and head take in an engine; None for other runtimes."""
-    if engine is None:
-        return None
-    num_tables = 1 if config.tie_embeddings else 2
-    size = 4 if EngineManifest.load(engine).dtype == "fp32" else 2
-    return num_tables * config.vocab_size * config.hidden_size * size
 
 
 def _file_bytes(

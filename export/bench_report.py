@@ -84,7 +84,8 @@ class RuntimeResult:
         peak_rss_bytes: Largest resident set, libraries included.
         cache_bytes: The latent cache of the batch.
         file_bytes: The files it loads weights and graph from.
-        layer_bytes: An engine's file without embedding and head; None for other runtimes.
+        layer_bytes: An engine's file without embedding and head, however often it holds them; None
+            for other runtimes, and where they are not found.
         same_tokens: New tokens of all rows that are the first runtime's, up to a row's first
             difference.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 
 import cuda_kernels
@@ -24,7 +25,8 @@ pytestmark = [
     ),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NUM_SHAPES = 500
+# Fewer under compute-sanitizer (tools/gpu_sanitize.sh), which makes everything slow.
+NUM_SHAPES = int(os.environ.get("TINYLM_NUM_SHAPES", "500"))
 NUM_REPEATS = 20
 
 

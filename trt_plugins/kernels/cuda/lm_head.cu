@@ -1,6 +1,5 @@
-#include "lm_head.cuh"
-
 #include "launch.cuh"
+#include "lm_head.cuh"
 #include "lm_head.h"
 
 namespace tinylm::cuda {
@@ -64,9 +63,8 @@ cudaError_t lm_head(const LmHeadParams& p, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (p.batch == 0) return cudaSuccess;
-  return with_type(p.type, [&](auto element) {
-    return run(head_args<decltype(element)>(p), stream);
-  });
+  return with_type(p.type,
+                   [&](auto element) { return run(head_args<decltype(element)>(p), stream); });
 }
 
 }  // namespace tinylm::cuda

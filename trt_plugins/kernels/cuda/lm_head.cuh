@@ -177,8 +177,7 @@ static __global__ void __launch_bounds__(kHeadThreads) lm_head_float(HeadArgs<fl
   for (int j = 0; j < kHeadFloatOutputs; ++j) {
 #pragma unroll
     for (int i = 0; i < kHeadFloatRows; ++i) {
-      const float sum =
-          detail::block_reduce<32>(acc[j][i], [](float p, float q) { return p + q; });
+      const float sum = detail::block_reduce<32>(acc[j][i], [](float p, float q) { return p + q; });
       const int row = first_row + i, output = first + j;
       if (lane == 0 && row < args.batch && output < args.vocab) {
         args.logits[static_cast<std::int64_t>(row) * args.vocab + output] = sum;

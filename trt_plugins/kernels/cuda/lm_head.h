@@ -17,11 +17,11 @@ struct LmHeadParams {
   std::int64_t length = 0;           ///< tokens of a row, right-padded
   std::int64_t hidden = 0;           ///< a multiple of 4
   std::int64_t vocab = 0;
-  const void* x = nullptr;                  ///< [batch, length, hidden]
-  const void* table = nullptr;              ///< [vocab, hidden]
-  const float* norm_weight = nullptr;       ///< [hidden]
-  const std::int32_t* seq_lens = nullptr;   ///< [batch], valid tokens; 0 reads the first
-  float* logits = nullptr;                  ///< [batch, vocab]
+  const void* x = nullptr;                 ///< [batch, length, hidden]
+  const void* table = nullptr;             ///< [vocab, hidden]
+  const float* norm_weight = nullptr;      ///< [hidden]
+  const std::int32_t* seq_lens = nullptr;  ///< [batch], valid tokens; 0 reads the first
+  float* logits = nullptr;                 ///< [batch, vocab]
   float eps = 1e-5F;
 };
 

@@ -105,7 +105,16 @@ TINYLM_TEST_API int tinylm_lm_head(int type, std::int64_t batch, std::int64_t le
                                    const void* table, const float* norm_weight,
                                    const std::int32_t* seq_lens, float* logits, float eps,
                                    void* stream) {
-  const LmHeadParams params{static_cast<DataType>(type), batch, length,   hidden, vocab, x, table,
-                            norm_weight,                 seq_lens, logits, eps};
+  const LmHeadParams params{static_cast<DataType>(type),
+                            batch,
+                            length,
+                            hidden,
+                            vocab,
+                            x,
+                            table,
+                            norm_weight,
+                            seq_lens,
+                            logits,
+                            eps};
   return lm_head(params, static_cast<cudaStream_t>(stream));
 }

@@ -1,0 +1,59 @@
+"""How often an engine holds the embedding and the head."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from tinylm_export.manifest import EngineManifest
+from tinylm_export.to_onnx import ONNX_FILE
+from tinylm_export.trt_engine import ENGINE_FILE
+
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SAMPLE = 256  # elements that tell a table from everything else
+
+
+def table_bytes(engine: str | Path, directory: str | Path) -> int | None:
+    """Return the bytes that embedding and head take in an engine's file; None if not found.
+
+    TensorRT may keep a table that both share once, or a second time transposed, so they are looked
+    for: a part of a row, and of a column.
+
+    Args:
+        engine: What ``tinylm-export trt`` wrote.
+        directory: What it was built from.
+    """
+    engine, directory = Path(engine), Path(directory)
+    dtype = _DTYPES[EngineManifest.load(engine).dtype]
+    initializers = ir.load(directory / ONNX_FILE).graph.initializers
+    total = 0
+    with (
+        (engine / ENGINE_FILE).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        for name in _TABLES:
+            value = initializers.get(name)
+            if value is None or value.const_value is None:
+                continue
+            table = value.const_value.numpy()
+            row = int(np.abs(table[:, 0]).argmax())  # a row of padding may be all zeros
+            parts = (table[row, :_SAMPLE], table[row : row + _SAMPLE, 0])
+            copies = sum(_count(data, _bytes(part, dtype)) for part in parts)
+            total += copies * table.size * dtype.itemsize
+    return total or None
+
+
+def _bytes(values: np.ndarray, dtype: torch.dtype) -> bytes:
+    return torch.tensor(values).to(dtype).view(torch.uint8).numpy().tobytes()
+
+
+def _count(data: mmap.mmap, sample: bytes) -> int:
+    count, at = 0, data.find(sample)
+    while at >= 0:
+        count, at = count + 1, data.find(sample, at + len(sample))
+    return count

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The CUDA kernels' tests under compute-sanitizer, on a few shapes: tools/gpu_sanitize.sh [PYTHON]
+# memcheck finds accesses outside of memory, racecheck races on shared memory. Like gpu_tests.sh it
+# takes the Python and the libraries that are there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${1:-python3}
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+if [ ! -x "$sanitizer" ]; then
+    echo "compute-sanitizer is not here: put a CUDA toolkit's bin folder on the path, or set CUDA_HOME" >&2
+    exit 2
+fi
+
+mkdir -p build/import
+ln -sfn ../../export build/import/tinylm_export
+export PYTHONPATH=$PWD/build/import:$PWD${PYTHONPATH:+:$PYTHONPATH}
+export TINYLM_NUM_SHAPES=${TINYLM_NUM_SHAPES:-16} TINYLM_REQUIRE_GPU=1
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else one tensor's end is another's beginning
+for tool in ${TOOLS:-memcheck racecheck}; do
+    echo "== $tool, $TINYLM_NUM_SHAPES shapes a test"
+    "$sanitizer" --tool "$tool" --error-exitcode 1 --kernel-regex kns=tinylm "$python" -m pytest \
+        -q -m gpu -p no:cacheprovider tests/test_cuda_kernels.py
+done
