@@ -71,12 +71,14 @@ class Work:
         path = self.folder / f"{part}.json"
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
-    def load(self) -> dict[str, Any]:
-        """Return what all parts found."""
-        return {
+    def join(self, out: Path) -> None:
+        """Write what all parts found into one file."""
+        values = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(self.folder.glob("*.json"))
         }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def export_model(work: Work) -> None:
@@ -214,10 +216,8 @@ def main() -> None:
             parser.error(f"--part must be one of {', '.join(parts)}, found {part!r}")
         print(part, flush=True)
         parts[part]()
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(work.load(), indent=2)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        if arguments.out is not None:  # each time: a later part may fail
+            work.join(arguments.out)
 
 
 if __name__ == "__main__":

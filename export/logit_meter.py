@@ -11,7 +11,7 @@ _POSITIONS_AT_ONCE = 64
 
 
 class LogitMeter:
-    """Adds up how a phase's logits agree with PyTorch's.
+    """Adds up how a phase's logits agree with PyTorch's, on the GPU where there is one.
 
     Args:
         phase: ``"prefill"``, ``"chunked prefill"`` or ``"decode"``.
@@ -21,6 +21,7 @@ class LogitMeter:
     def __init__(self, phase: str, limits: LogitLimits | None = None) -> None:
         self.phase = phase
         self.limits = limits or LogitLimits()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.count = 0
         self.top1 = 0
         self.max_abs = self.sum_abs = self.sum_kl = self.max_kl = 0.0
@@ -33,14 +34,15 @@ class LogitMeter:
             self._add(*part)
 
     def _add(self, reference: Tensor, found: Tensor) -> None:
+        reference, found = reference.to(self._device), found.to(self._device)
         difference = (found.double() - reference.double()).abs()
         log_p, log_q = (x.double().log_softmax(dim=-1) for x in (reference, found))
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
         self.count += len(reference)
         self.top1 += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
         # max() of Python would lose a NaN that comes second.
-        self.max_abs = float(torch.tensor(self.max_abs).maximum(difference.max()))
-        self.max_kl = float(torch.tensor(self.max_kl).maximum(kl.max()))
+        self.max_abs = float(torch.tensor(self.max_abs).maximum(difference.max().cpu()))
+        self.max_kl = float(torch.tensor(self.max_kl).maximum(kl.max().cpu()))
         self.sum_abs += float(difference.mean(dim=-1).sum())
         self.sum_kl += float(kl.sum())
 

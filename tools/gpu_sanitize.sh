@@ -18,6 +18,6 @@ export TINYLM_NUM_SHAPES=${TINYLM_NUM_SHAPES:-16} TINYLM_REQUIRE_GPU=1
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else one tensor's end is another's beginning
 for tool in ${TOOLS:-memcheck racecheck}; do
     echo "== $tool, $TINYLM_NUM_SHAPES shapes a test"
-    "$sanitizer" --tool "$tool" --error-exitcode 1 --kernel-regex kns=tinylm "$python" -m pytest \
+    "$sanitizer" --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=tinylm "$python" -m pytest \
         -q -m gpu -p no:cacheprovider tests/test_cuda_kernels.py
 done
