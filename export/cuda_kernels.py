@@ -188,7 +188,15 @@ def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
 def lm_head(
     x: Tensor, table: Tensor, norm: Tensor, seq_lens: Tensor, *, eps: float = 1e-5
 ) -> Tensor:
-    """Return logits [B, N] of the last tokens of x [B, S, K]."""
+    """Return float32 logits [B, N] of the last tokens of x [B, S, K].
+
+    Args:
+        x: [B, S, K], right-padded.
+        table: [N, K] of x's type.
+        norm: float32 [K].
+        seq_lens: int32 [B].
+        eps: Of the norm.
+    """
     batch, length, hidden = x.shape
     logits = poisoned(batch, table.shape[0], dtype=torch.float32)
     _check(
