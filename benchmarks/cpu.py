@@ -20,9 +20,10 @@ import cpu_attention
 import cpu_gemm
 import cpu_model
 import llama_cpp
+from bench_records import Record, log
 from cpu_report import draw, show
 from cpu_targets import judge
-from cpu_timing import Record, Settings, default_work_dir, log
+from cpu_timing import Settings, default_work_dir
 from rich.console import Console
 
 from tinylm_export.machine import describe_machine

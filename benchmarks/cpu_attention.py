@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_records import NotRunError, Record, log, num_copies
 from cpu_attention_problem import (
     EPS,
     HEAD_DIM,
@@ -37,16 +38,7 @@ from cpu_onnx import (
     share_threads,
     value,
 )
-from cpu_timing import (
-    Contender,
-    NotRunError,
-    Record,
-    Settings,
-    log,
-    micros,
-    num_copies,
-    time_in_turns,
-)
+from cpu_timing import Contender, Settings, micros, time_in_turns
 
 from tinylm.packing import pack
 from tinylm_export.ops import DOMAIN, FLASH_MLA

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 
 import torch
+from bench_records import NotRunError, Record, log
 from cpu_gemm_contenders import CONTENDERS, GemmContender
 from cpu_gemm_problem import GemmProblem
 from cpu_onnx import share_threads
-from cpu_timing import Contender, NotRunError, Record, Settings, log, micros, time_in_turns
+from cpu_timing import Contender, Settings, micros, time_in_turns
 
 SHAPES = ((1024, 1024), (2816, 1024), (1024, 2816), (4096, 4096))  # N, K
 ROWS = (1, 16, 128, 512)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_records import NotRunError, num_copies
 from cpu_gemm_problem import EPS, GemmProblem, departure
 from cpu_onnx import MICROSOFT, Array, Bound, make_session, native_library, op_model, value
-from cpu_timing import NotRunError, num_copies
 from typing_extensions import override
 
 from tinylm.packing import pack

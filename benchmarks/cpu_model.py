@@ -14,6 +14,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from bench_records import NotRunError, Record, log
 from cpu_model_process import (
     CONTENDERS,
     DECODE_TOKENS,
@@ -25,7 +26,7 @@ from cpu_model_process import (
     worker_process,
 )
 from cpu_model_worker import REFERENCE
-from cpu_timing import NotRunError, Record, Settings, log
+from cpu_timing import Settings
 
 from tinylm_export.bench_report import Spread
 

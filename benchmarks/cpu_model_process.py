@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from bench_records import NotRunError, log
 from cpu_model_worker import BODY, NATIVE, TORCH_BFLOAT16, TORCH_FLOAT32
-from cpu_timing import NotRunError, log
 from export_300m import in_own_process, make_checkpoint
 
 PROMPTS, DECODE_TOKENS = (128, 512), 128

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpu_timing import NotRunError
+from bench_records import NotRunError
 
 from tinylm.errors import TinyLMError
 from tinylm.generate import Session, TorchSession

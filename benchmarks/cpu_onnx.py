@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from cpu_timing import NotRunError
+from bench_records import NotRunError
 
 from tinylm_export.function_bodies import function_bodies
 from tinylm_export.ops import DOMAIN, IR_VERSION, OPSET, VERSION

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_records import Record, Verdict
+from bench_tables import section_table, show_notes, target_table
 from cpu_attention import CASE
-from cpu_targets import Verdict, num_rows
-from cpu_timing import Record
+from cpu_targets import num_rows
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 _TITLES = {
     "gemm": "One GEMM, microseconds (ours with norm and quantiser inside)",
@@ -27,60 +26,9 @@ def show(console: Console, records: Sequence[Record], verdicts: Sequence[Verdict
         mine = [record for record in records if record.section == section]
         for threads in sorted({record.threads for record in mine}):
             chosen = [record for record in mine if record.threads == threads]
-            console.print(_section_table(f"{title}, {threads} threads", chosen))
-    for note in dict.fromkeys(f"{r.contender}: {r.note}" for r in records if r.note):
-        console.print(escape(note), highlight=False)
-    for reason, names in _not_run(records).items():
-        line = escape(f"{', '.join(names)}: {reason}")
-        console.print(f"[bold red]not run[/]: {line}", highlight=False)
-    console.print(_target_table(verdicts))
-
-
-def _section_table(title: str, records: Sequence[Record]) -> Table:
-    """Cases down, contenders across; median, and range of the repeats."""
-    table = Table(title=title, show_lines=True)
-    table.add_column("")
-    contenders = list(dict.fromkeys(record.contender for record in records))
-    for name in contenders:
-        table.add_column(name, justify="right")
-    for case in dict.fromkeys(record.case for record in records):
-        found = {record.contender: record for record in records if record.case == case}
-        unit = next(record.unit for record in found.values())
-        label = f"{case}, {unit}" if unit in ("MB", "s") else case
-        table.add_row(label, *(_cell(found.get(name)) for name in contenders))
-    return table
-
-
-def _cell(record: Record | None) -> str:
-    if record is None:
-        return "not measured"
-    if record.spread is None:
-        return "[red]not run[/]"
-    decimals = 2 if record.unit == "s" else 1 if record.spread.median < 1000 else 0
-    return format(record.spread, f",.{decimals}f")
-
-
-def _not_run(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return, by reason, what was not run."""
-    reasons: dict[str, list[str]] = {}
-    for record in records:
-        if record.spread is None:
-            names = reasons.setdefault(record.not_run or "no measurement", [])
-            name = f"{record.contender} ({record.section})"
-            if name not in names:
-                names.append(name)
-    return reasons
-
-
-def _target_table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="Targets", show_lines=True)
-    for column in ("target", "threads", "measured", "outcome"):
-        table.add_column(column)
-    colours = {True: "green", False: "yellow", None: "red"}
-    for verdict in verdicts:
-        outcome = f"[{colours[verdict.holds]}]{escape(verdict.outcome)}[/]"
-        table.add_row(verdict.target, str(verdict.threads), verdict.measured, outcome)
-    return table
+            console.print(section_table(f"{title}, {threads} threads", chosen))
+    show_notes(console, records)
+    console.print(target_table(verdicts))
 
 
 def draw(records: Sequence[Record], machine: dict[str, Any], path: Path) -> None:

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import cpu_attention
+from bench_records import Record, Verdict, find_record, median, not_measured
 from cpu_model_process import OURS, OURS_INT8
-from cpu_timing import Record
 
 RIVAL_MODEL = "llama.cpp TQ2_0"
 _OWN_GEMM = ("ours", "ours, function body")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """How one target fared.
-
-    Attributes:
-        target: What is wanted.
-        threads: Threads that both sides had.
-        measured: What was found.
-        holds: Whether it holds; None if it was not measured.
-        outcome: ``"holds"``, how far it is, or why it was not measured.
-    """
-
-    target: str
-    threads: int
-    measured: str
-    holds: bool | None
-    outcome: str
 
 
 def judge(records: Sequence[Record], threads: Sequence[int]) -> list[Verdict]:
@@ -48,44 +28,23 @@ def judge(records: Sequence[Record], threads: Sequence[int]) -> list[Verdict]:
     return verdicts
 
 
-def _missing(target: str, count: int, records: Sequence[Record], *wanted: str) -> Verdict:
-    """Say why a target could not be judged."""
-    reasons = [f"{r.contender}: {r.not_run}" for r in records if r.contender in wanted]
-    absent = set(wanted) - {r.contender for r in records}
-    reasons += [f"{name}: not asked for" for name in sorted(absent)]
-    why = "; ".join(dict.fromkeys(reason for reason in reasons if not reason.endswith(": ")))
-    return Verdict(
-        target=target, threads=count, measured="", holds=None, outcome=f"not measured: {why}"
-    )
-
-
-def _find(records: Sequence[Record], case: str, contender: str) -> Record | None:
-    found = (r for r in records if (r.case, r.contender) == (case, contender))
-    return next((r for r in found if r.spread is not None), None)
-
-
 def _best_of_ours(records: Sequence[Record], case: str) -> Record | None:
-    found = [_find(records, case, name) for name in (OURS, OURS_INT8)]
+    found = [find_record(records, case, name) for name in (OURS, OURS_INT8)]
     there = [r for r in found if r is not None]
-    return max(there, key=_median, default=None)
-
-
-def _median(record: Record) -> float:
-    assert record.spread is not None
-    return record.spread.median
+    return max(there, key=median, default=None)
 
 
 def _model_ratio(records: Sequence[Record], count: int, case: str, wanted: float) -> Verdict:
     target = f"300M {case}: >= {wanted:g}x {RIVAL_MODEL}"
     case_records = [r for r in records if r.section == "model" and r.case == case]
-    ours, rival = _best_of_ours(case_records, case), _find(case_records, case, RIVAL_MODEL)
+    ours, rival = _best_of_ours(case_records, case), find_record(case_records, case, RIVAL_MODEL)
     if ours is None or rival is None:
-        return _missing(target, count, case_records, OURS, OURS_INT8, RIVAL_MODEL)
-    ratio = _median(ours) / _median(rival)
+        return not_measured(target, case_records, (OURS, OURS_INT8, RIVAL_MODEL), count)
+    ratio = median(ours) / median(rival)
     return Verdict(
         target=target,
         threads=count,
-        measured=f"{_median(ours):.0f} / {_median(rival):.0f} = {ratio:.2f}x ({ours.contender})",
+        measured=f"{median(ours):.0f} / {median(rival):.0f} = {ratio:.2f}x ({ours.contender})",
         holds=ratio >= wanted,
         outcome="holds" if ratio >= wanted else f"{wanted / ratio:.2f}x too slow",
     )
@@ -96,8 +55,8 @@ def _decode_speed(records: Sequence[Record], count: int) -> Verdict:
     case_records = [r for r in records if r.section == "model" and r.case == "decode 128"]
     ours = _best_of_ours(case_records, "decode 128")
     if ours is None:
-        return _missing(target, count, case_records, OURS, OURS_INT8)
-    speed = _median(ours)
+        return not_measured(target, case_records, (OURS, OURS_INT8), count)
+    speed = median(ours)
     return Verdict(
         target=target,
         threads=count,
@@ -114,15 +73,15 @@ def _gemm(
     gemm = [r for r in records if r.section == "gemm" and rows(num_rows(r.case))]
     ratios = {}
     for case in dict.fromkeys(r.case for r in gemm):
-        ours = _find(gemm, case, "ours")
+        ours = find_record(gemm, case, "ours")
         rivals = [r for r in gemm if r.case == case and r.spread is not None]
         rivals = [r for r in rivals if r.contender not in _OWN_GEMM]
         if ours is None or not rivals:
-            return _missing(target, count, [r for r in gemm if r.case == case], "ours")
-        best = min(rivals, key=_median)
-        ratios[case] = _median(ours) / _median(best), best.contender
+            return not_measured(target, [r for r in gemm if r.case == case], ("ours",), count)
+        best = min(rivals, key=median)
+        ratios[case] = median(ours) / median(best), best.contender
     if not ratios:
-        return _missing(target, count, [], "ours")
+        return not_measured(target, [], ("ours",), count)
     held = sum(ratio <= 1.0 for ratio, _ in ratios.values())
     worst = max(ratios, key=lambda case: ratios[case][0])
     ratio, rival = ratios[worst]
@@ -139,15 +98,15 @@ def _attention(records: Sequence[Record], count: int) -> Verdict:
     target = "decode attention, 2048 cached: <= 1/4 of GroupQueryAttention"
     mine = [r for r in records if r.section == "attention"]
     case = cpu_attention.CASE
-    ours = _find(mine, case, cpu_attention.OURS)
-    rival = _find(mine, case, cpu_attention.RIVAL)
+    ours = find_record(mine, case, cpu_attention.OURS)
+    rival = find_record(mine, case, cpu_attention.RIVAL)
     if ours is None or rival is None:
-        return _missing(target, count, mine, cpu_attention.OURS, cpu_attention.RIVAL)
-    ratio = _median(ours) / _median(rival)
+        return not_measured(target, mine, (cpu_attention.OURS, cpu_attention.RIVAL), count)
+    ratio = median(ours) / median(rival)
     return Verdict(
         target=target,
         threads=count,
-        measured=f"{_median(ours):.0f} us / {_median(rival):.0f} us = {ratio:.3f}",
+        measured=f"{median(ours):.0f} us / {median(rival):.0f} us = {ratio:.3f}",
         holds=ratio <= 0.25,
         outcome="holds" if ratio <= 0.25 else f"{4 * ratio:.2f}x too slow",
     )

@@ -1,13 +1,14 @@
-"""What the CPU benchmarks share: contenders, timing in turns, and the records they give."""
+"""What the CPU benchmarks share: settings, contenders and timing in turns."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from bench_records import NotRunError, Record
 
 from tinylm_export.bench_report import Spread
 
@@ -15,37 +16,6 @@ from tinylm_export.bench_report import Spread
 _SETTLE_SECONDS = 0.06
 _BLOCK_SECONDS = 0.02
 _MOST_CALLS = 2000
-
-
-class NotRunError(Exception):
-    """Why a contender was not measured."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
-    """One contender's result in one case, ready for JSON.
-
-    Attributes:
-        section: ``"gemm"``, ``"attention"``, ``"model"`` or ``"memory"``.
-        case: What was measured, such as ``"1024x1024 M=1"`` or ``"decode 128"``.
-        contender: Who ran it.
-        threads: Threads it was given.
-        unit: Of ``spread``: ``"us"``, ``"tokens/s"``, ``"MB"`` or ``"s"``.
-        spread: Median and range over the repeats; None if it was not run.
-        not_run: Why not; empty if it was.
-        error: Largest departure from the reference, relative to its largest value.
-        note: What a reader should know of how it ran.
-    """
-
-    section: str
-    case: str
-    contender: str
-    threads: int
-    unit: str
-    spread: Spread | None = None
-    not_run: str = ""
-    error: float | None = None
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,17 +93,7 @@ def micros(
     return dataclasses.replace(record, spread=spread, error=result.error)
 
 
-def num_copies(bytes_each: int, cold_bytes: int) -> int:
-    """Return how many copies exceed ``cold_bytes``; two at least."""
-    return max(2, -(-cold_bytes // bytes_each))
-
-
 def default_work_dir() -> Path:
     """Return the folder of the user's cache that holds built rivals and random models."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "tinylm" / "bench"
-
-
-def log(message: str) -> None:
-    """Say on stderr what goes on."""
-    print(message, file=sys.stderr, flush=True)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_timing import NotRunError, default_work_dir, log
+from bench_records import NotRunError, log
+from cpu_timing import default_work_dir
 
 SDIST = "llama-cpp-python==0.3.36"
 PROGRAMS = ("llama-bench", "llama-quantize")

@@ -228,6 +228,27 @@ class TrtSession:
         cache.advance()
         return logits
 
+    def repeat_decode(self, num_steps: int) -> None:
+        """Do steps of one token a row, each with the tokens of the last such step.
+
+        Nothing goes to or comes from the host, and the caller's stream waits for the steps: for
+        timing the engine alone, and for filling a cache.
+
+        Raises:
+            ValueError: The cache is full, or :meth:`start` was not called.
+            ExportError: TensorRT failed.
+        """
+        cache = self._cache
+        if cache is None:
+            raise ValueError("there is no cache; call start() first.")
+        self._check_room(cache, num_steps)
+        with self._on_stream():
+            cache.seq_lens.fill_(1)
+            for _ in range(num_steps):
+                self._decode(cache)
+                cache.advance()
+        cache.lens_on_host += num_steps
+
     def _decode(self, cache: _Cache) -> dict[str, Tensor]:
         """Do a step of one token a row; buffers and graph are made in the first two of them."""
         context, which = self._contexts[DECODE_PROFILE], cache.current
@@ -320,12 +341,7 @@ class TrtSession:
                 f"seq_lens must be from 0 to the {length} columns of input_ids, found "
                 f"{seq_lens.tolist()}."
             )
-        filled = int((cache.lens_on_host + seq_lens).max())
-        if filled > cache.capacity:
-            raise ValueError(
-                f"the cache holds {cache.capacity} tokens a row and {filled} are needed. Start "
-                "with a larger capacity or give fewer tokens."
-            )
+        self._check_room(cache, seq_lens)
         vocab_size = self.config.vocab_size
         if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
             raise ValueError(
@@ -334,6 +350,14 @@ class TrtSession:
             )
         self._require("length of a step", length, self.limits.length, "--max-seq-len")
         return cache
+
+    def _check_room(self, cache: _Cache, new_tokens: Tensor | int) -> None:
+        filled = int((cache.lens_on_host + new_tokens).max())
+        if filled > cache.capacity:
+            raise ValueError(
+                f"the cache holds {cache.capacity} tokens a row and {filled} are needed. Start "
+                "with a larger capacity or give fewer tokens."
+            )
 
     def _require(self, what: str, value: int, maximum: int, option: str) -> None:
         if not 1 <= value <= maximum:

@@ -6,7 +6,6 @@ import ctypes
 import os
 import random
 
-import cuda_kernels
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tinylm.config import AttentionShape
 from tinylm.packing import pack
+from tinylm_export import cuda_kernels
 from tinylm_export.torch_ops import torch_op
 
 pytestmark = [

@@ -126,6 +126,22 @@ class TestOnGpu:
             runs.append(torch.stack(logits))
         assert_equal(runs[0], runs[1])
 
+    def test_repeated_steps_take_the_last_tokens(self, session: TrtSession) -> None:
+        ids, one = torch.arange(6)[None], torch.tensor([1])
+        token, other = torch.tensor([[9]]), torch.tensor([[3]])
+        session.start(1, 12)
+        session.step(ids, torch.tensor([6]))
+        for _ in range(5):
+            session.step(token, one)
+        expected = session.step(other, one)
+        session.start(1, 12)
+        session.step(ids, torch.tensor([6]))
+        session.step(token, one)
+        session.repeat_decode(4)
+        assert_equal(session.step(other, one), expected)
+        with pytest.raises(ValueError, match="holds 12 tokens a row and 13 are needed"):
+            session.repeat_decode(1)
+
     def test_start_forgets(self, session: TrtSession) -> None:
         ids = torch.arange(6)[None]
         session.start(1, 12)

@@ -1,4 +1,4 @@
-// The kernels' launchers as C functions, for tests through ctypes (tests/cuda_kernels.py). Every
+// The kernels' launchers as C functions, for ctypes (export/cuda_kernels.py). Every
 // function returns a cudaError_t.
 #include "latent_attention.h"
 #include "lm_head.h"
@@ -56,7 +56,7 @@ TINYLM_TEST_API int tinylm_accumulate_int8(const std::int8_t* q, const std::uint
   return accumulate_int8(q, weight, m, n, k, sums, workspace, static_cast<cudaStream_t>(stream));
 }
 
-/// Sizes of an attention layer, in the order of tests/cuda_kernels.py.
+/// Sizes of an attention layer, in the order of export/cuda_kernels.py.
 struct AttentionSizes {
   std::int64_t num_heads, nope_dim, rope_dim, value_dim, latent_rank, batch, length, capacity;
   float theta, eps, softmax_scale;

@@ -1,4 +1,9 @@
-"""The CUDA kernels' test library through ctypes, on torch tensors."""
+"""The CUDA kernels through ctypes, on torch tensors: for the tests and for ``benchmarks/gpu.py``.
+
+Needs ``libtinylm_cuda_test.so`` (``tinylm-export native build --gpu --cuda-tests``); its functions
+stand in ``trt_plugins/tests/cuda/cuda_test_api.cu``. Calls are enqueued on PyTorch's current
+stream; with ``out`` and ``workspace`` given they allocate nothing: a CUDA graph may capture them.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,18 @@ import torch
 from torch import Tensor
 
 from tinylm.config import AttentionShape
+from tinylm.errors import NativeError
 from tinylm_export.gpu_packing import pack_gpu
 
 LIBRARY = "libtinylm_cuda_test.so"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"int8": 0, "fp8_e4m3": 1}
+_BUILD = "tinylm-export native build --gpu --cuda-tests"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class Sizes(ctypes.Structure):
-    """AttentionSizes of trt_plugins/tests/cuda/cuda_test_api.cu."""
+    """``AttentionSizes`` of trt_plugins/tests/cuda/cuda_test_api.cu."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_heads", "nope_dim", "rope_dim", "value_dim")),
@@ -32,16 +39,31 @@ class Sizes(ctypes.Structure):
 
 def library_path() -> Path | None:
     """Return the test library: in TINYLM_NATIVE_DIR, or in the build tree of this checkout."""
-    root = Path(os.environ.get("TINYLM_NATIVE_DIR") or _ROOT / "build" / "native")
+    root = _root()
     folders = (root, root / "lib", root / "tests" / "cuda")
     return next((path for folder in folders if (path := folder / LIBRARY).is_file()), None)
 
 
+def _root() -> Path:
+    return Path(os.environ.get("TINYLM_NATIVE_DIR") or _ROOT / "build" / "native")
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
+    """Load the library.
+
+    Raises:
+        NativeError: It is not built, or can't be loaded.
+    """
     path = library_path()
-    assert path is not None, f"{LIBRARY} is not built"
-    found = ctypes.CDLL(str(path))
+    if path is None:
+        raise NativeError(f"{LIBRARY} is not built: none in {_root()}. Run `{_BUILD}`.")
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(
+            f"{path} can't be loaded: {error}. Build it again: `{_BUILD}`."
+        ) from error
     found.tinylm_bit_linear_workspace.restype = ctypes.c_int64
     found.tinylm_latent_attention_workspace.restype = ctypes.c_int64
     found.tinylm_latent_attention_unsupported.restype = ctypes.c_char_p
@@ -55,6 +77,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
+    """Pack ternary codes int8 [N, K] for the kernels; the result is on the GPU."""
     return torch.from_numpy(pack_gpu(codes.cpu().numpy())).cuda()
 
 
@@ -72,10 +95,12 @@ def _int64(*values: int) -> list[ctypes.c_int64]:
 
 
 def _check(error: int) -> None:
-    assert error == 0, f"cudaError_t {error}"
+    if error:
+        raise NativeError(f"a CUDA kernel's launch failed with cudaError_t {error}.")
 
 
 def bit_linear_workspace(m: int, k: int, activation: str) -> Tensor:
+    """Return workspace of :func:`bit_linear` for m rows."""
     count = library().tinylm_bit_linear_workspace(*_int64(m, k), _ACTIVATIONS[activation])
     return torch.full((count,), 0xA5, dtype=torch.uint8, device="cuda")
 
@@ -93,6 +118,26 @@ def bit_linear(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
+    """Norm, quantise, multiply by ternary codes, scale.
+
+    Args:
+        x: [M, K], or [M, 2K] if ``gated``.
+        packed: What :func:`pack` gave for [N, K].
+        scale: float32 [N].
+        norm: float32 [K], or None for no norm.
+        activation: ``"int8"`` or ``"fp8_e4m3"``.
+        eps: Of the norm.
+        gated: Whether x is ``[gate | up]`` and the input ``silu(gate) * up``.
+        residual: [M, N] to add.
+        out: Where y goes; new memory if None.
+        workspace: From :func:`bit_linear_workspace`; new memory if None.
+
+    Returns:
+        y [M, N], of x's type.
+
+    Raises:
+        NativeError: The library is not built, or a launch failed.
+    """
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
     n = scale.shape[0]
     y = poisoned(m, n, dtype=x.dtype) if out is None else out
@@ -111,6 +156,7 @@ def bit_linear(
 def quantize(
     x: Tensor, norm: Tensor | None, *, activation: str, eps: float = 1e-5, gated: bool = False
 ) -> tuple[Tensor, Tensor]:
+    """Return the quantised rows [M, K] (int8; int32 in units of 2**-9 for fp8) and s [M]."""
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
     q = poisoned(m, k, dtype=torch.int8 if activation == "int8" else torch.int32)
     s = poisoned(m, dtype=torch.float32)
@@ -126,6 +172,7 @@ def quantize(
 
 
 def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
+    """Return the sums of int8 q [M, K] times ternary codes [N, K]: int32 [M, N]."""
     m, k = q.shape
     sums = poisoned(m, n, dtype=torch.int32)
     workspace = bit_linear_workspace(m, k, "int8")
@@ -141,7 +188,15 @@ def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
 def lm_head(
     x: Tensor, table: Tensor, norm: Tensor, seq_lens: Tensor, *, eps: float = 1e-5
 ) -> Tensor:
-    """Return logits [B, N] of the last tokens of x [B, S, K]."""
+    """Return float32 logits [B, N] of the last tokens of x [B, S, K].
+
+    Args:
+        x: [B, S, K], right-padded.
+        table: [N, K] of x's type.
+        norm: float32 [K].
+        seq_lens: int32 [B].
+        eps: Of the norm.
+    """
     batch, length, hidden = x.shape
     logits = poisoned(batch, table.shape[0], dtype=torch.float32)
     _check(
@@ -157,10 +212,17 @@ def lm_head(
 def attention_sizes(
     shape: AttentionShape, rank: int, batch: int, length: int, capacity: int, dtype: torch.dtype
 ) -> Sizes:
+    """Describe a layer and its step for :func:`latent_attention`."""
     return Sizes(
         *(shape.num_heads, shape.nope_dim, shape.rope_dim, shape.value_dim, rank),
         *(batch, length, capacity, shape.theta, shape.eps, shape.softmax_scale, _TYPES[dtype]),
     )
+
+
+def latent_attention_workspace(sizes: Sizes) -> Tensor:
+    """Return workspace of :func:`latent_attention`."""
+    count = library().tinylm_latent_attention_workspace(ctypes.byref(sizes))
+    return torch.full((count,), 0xFF, dtype=torch.uint8, device="cuda")
 
 
 def latent_attention(
@@ -172,13 +234,34 @@ def latent_attention(
     past_lens: Tensor,
     seq_lens: Tensor,
     cache: tuple[Tensor, Tensor, Tensor],
+    *,
+    out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """Append to the cache (latent, scale, rope) in place and return y [B, S, H * Dv]."""
-    y = poisoned(*qkv.shape[:2], sizes.num_heads * sizes.value_dim, dtype=qkv.dtype)
+    """Append to the cache in place and attend.
+
+    Args:
+        sizes: From :func:`attention_sizes`.
+        qkv: [B, S, H * (nope + P) + R + P].
+        norm: float32 [R].
+        packed: What :func:`pack` gave for kv_b [H * (nope + Dv), R].
+        scales: float32 [H * (nope + Dv)].
+        past_lens: int32 [B], tokens in the cache.
+        seq_lens: int32 [B], new tokens.
+        cache: latent int8 [B, C, R], scale float32 [B, C], rope [B, C, P].
+        out: Where y goes; new memory if None.
+        workspace: From :func:`latent_attention_workspace`; new memory if None.
+
+    Returns:
+        y [B, S, H * Dv].
+
+    Raises:
+        NativeError: The library is not built, or a launch failed.
+    """
+    width = sizes.num_heads * sizes.value_dim
+    y = poisoned(*qkv.shape[:2], width, dtype=qkv.dtype) if out is None else out
     if workspace is None:
-        count = library().tinylm_latent_attention_workspace(ctypes.byref(sizes))
-        workspace = torch.full((count,), 0xFF, dtype=torch.uint8, device="cuda")
+        workspace = latent_attention_workspace(sizes)
     tensors = (qkv, norm, packed, scales, past_lens, seq_lens, *cache, y, workspace)
     _check(
         library().tinylm_latent_attention(ctypes.byref(sizes), *map(_pointer, tensors), _stream())
