@@ -1,0 +1,145 @@
+"""The latent cache behind transformers' cache interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from tinylm.config import ModelConfig
+from tinylm.latent_cache import LatentCache
+
+_FIRST_CAPACITY = 64
+
+
+class TinyLMCache(Cache):
+    """Latents of a batch that grow as tokens come.
+
+    transformers counts columns, padding included; TinyLM stores each row's real tokens one after
+    the other. This class keeps both counts.
+
+    Args:
+        config: The model's configuration.
+        batch_size: B.
+        device: Where the tensors live.
+        dtype: dtype of the rotated key.
+
+    Attributes:
+        latents: The cache that the model reads and writes.
+        real: bool [B, columns], which of the columns so far are real tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        # Not the base class's __init__: it makes a list of key-value layers.
+        self.layers = []
+        self.config = config
+        capacity = min(_FIRST_CAPACITY, config.max_seq_len)
+        self.latents = LatentCache(config, batch_size, capacity, device=device, dtype=dtype)
+        self.real = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return self.config.num_layers
+
+    def __repr__(self) -> str:
+        """Describe the cache."""
+        rows, columns = self.real.shape
+        return f"TinyLMCache({rows} rows, {columns} columns, {self.latents.num_bytes()} bytes)"
+
+    def make_room(self, num_new: int) -> None:
+        """Grow, if need be, for ``num_new`` more tokens in every row.
+
+        Raises:
+            ValueError: The model's context has no room for them.
+        """
+        needed = int(self.latents.past_lens.max()) + num_new
+        if needed > self.config.max_seq_len:
+            raise ValueError(
+                f"the context holds max_seq_len = {self.config.max_seq_len} tokens, and {needed} "
+                "are needed. Shorten the prompt or ask for fewer new tokens."
+            )
+        if needed > self.latents.capacity:
+            self.latents.grow(min(self.config.max_seq_len, max(needed, 2 * self.latents.capacity)))
+
+    def count(self, real: Tensor) -> None:
+        """Note which of the newest columns were real tokens, bool [B, S]."""
+        self.real = torch.cat((self.real, real), dim=1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of columns so far, padding included."""
+        return self.real.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return the model's context."""
+        return self.config.max_seq_len
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return the model's context, as older transformers ask for it."""
+        return self.config.max_seq_len
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.crop(-self.real.shape[1])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take rows in another order, int64 [B]; some may repeat, as in beam search."""
+        self.latents.select_rows(beam_idx)
+        self.real = self.real[beam_idx.to(self.real.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, int64 [any]."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        rows = torch.arange(self.real.shape[0], device=self.real.device)
+        self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` columns, or drop the last ``-length`` if it is not positive."""
+        columns = self.real.shape[1]
+        kept = min(columns, length) if length > 0 else max(0, columns + length)
+        self.latents.drop_last(self.real[:, kept:].sum(dim=1))
+        self.real = self.real[:, :kept]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.real.shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the tensors exist; they always do."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a compiled step can use it; no, because it grows."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` restores an earlier state exactly."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Per layer: no sliding window."""
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per layer: no linear attention."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Per layer: none is empty."""
+        return [False] * len(self)
