@@ -32,6 +32,14 @@ from tinylm.quantization import master_weight
 
 MODEL_TYPE = "bitnet"
 _INDEX_FILE = "model.safetensors.index.json"
+_CONFIG_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 _LANES = 4
 _ATTENTION = ".self_attn."
 
@@ -151,9 +159,7 @@ def _model_config(
             f"{source}: quantization_config.use_rms_norm must be false, found true: TinyLM has one "
             "norm for q and kv_a, and one for gate and up, not one in each linear layer."
         )
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    needed = (*needed, "intermediate_size", "max_position_embeddings")
-    missing = [name for name in needed if name not in values]
+    missing = [name for name in _CONFIG_FIELDS if name not in values]
     if missing:
         raise CheckpointError(f"{source}: expected {', '.join(missing)}, found no such field.")
     rope = values.get("rope_parameters") or {}

@@ -20,29 +20,18 @@ class TinyLMCache(Cache):
 
     Args:
         config: The model's configuration.
-        batch_size: B.
-        device: Where the tensors live.
-        dtype: dtype of the rotated key.
 
     Attributes:
-        latents: The cache that the model reads and writes.
+        latents: The cache that the model reads and writes; None until there are tokens.
         real: bool [B, columns], which of the columns so far are real tokens.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         # Not the base class's __init__: it makes a list of key-value layers.
         self.layers = []
         self.config = config
-        capacity = min(_FIRST_CAPACITY, config.max_seq_len)
-        self.latents = LatentCache(config, batch_size, capacity, device=device, dtype=dtype)
-        self.real = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
+        self.latents: LatentCache | None = None
+        self.real = torch.zeros(0, 0, dtype=torch.bool)
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -51,22 +40,43 @@ class TinyLMCache(Cache):
     def __repr__(self) -> str:
         """Describe the cache."""
         rows, columns = self.real.shape
-        return f"TinyLMCache({rows} rows, {columns} columns, {self.latents.num_bytes()} bytes)"
+        size = 0 if self.latents is None else self.latents.num_bytes()
+        return f"TinyLMCache({rows} rows, {columns} columns, {size} bytes)"
 
-    def make_room(self, num_new: int) -> None:
+    def make_room(self, batch_size: int, num_new: int, like: Tensor) -> LatentCache:
         """Grow, if need be, for ``num_new`` more tokens in every row.
+
+        Args:
+            batch_size: Rows of the coming step.
+            num_new: Columns of the coming step.
+            like: A tensor on the model's device, in the dtype of its activations.
+
+        Returns:
+            ``latents``.
 
         Raises:
             ValueError: The model's context has no room for them.
         """
-        needed = int(self.latents.past_lens.max()) + num_new
-        if needed > self.config.max_seq_len:
+        context = self.config.max_seq_len
+        past = 0
+        if self.latents is not None:
+            past = self.latents.longest  # an upper bound, known without asking the device
+            if past + num_new > self.latents.capacity:
+                past = self.latents.longest = int(self.latents.past_lens.max())
+        if past + num_new > context:
             raise ValueError(
-                f"the context holds max_seq_len = {self.config.max_seq_len} tokens, and {needed} "
-                "are needed. Shorten the prompt or ask for fewer new tokens."
+                f"the context holds max_seq_len = {context} tokens, and {past + num_new} are "
+                "needed. Shorten the prompt or ask for fewer new tokens."
             )
-        if needed > self.latents.capacity:
-            self.latents.grow(min(self.config.max_seq_len, max(needed, 2 * self.latents.capacity)))
+        if self.latents is None:
+            capacity = min(context, max(_FIRST_CAPACITY, num_new))
+            self.latents = LatentCache(
+                self.config, batch_size, capacity, device=like.device, dtype=like.dtype
+            )
+            self.real = torch.zeros(batch_size, 0, dtype=torch.bool, device=like.device)
+        elif past + num_new > self.latents.capacity:
+            self.latents.grow(min(context, max(past + num_new, 2 * self.latents.capacity)))
+        return self.latents
 
     def count(self, real: Tensor) -> None:
         """Note which of the newest columns were real tokens, bool [B, S]."""
@@ -86,12 +96,13 @@ class TinyLMCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.crop(-self.real.shape[1])
+        self.latents, self.real = None, self.real[:0, :0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take rows in another order, int64 [B]; some may repeat, as in beam search."""
-        self.latents.select_rows(beam_idx)
-        self.real = self.real[beam_idx.to(self.real.device)]
+        """Take rows in another order, int64 [any]; some may repeat, as in beam search."""
+        if self.latents is not None:
+            self.latents.select_rows(beam_idx)
+            self.real = self.real[beam_idx.to(self.real.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, int64 [any]."""
@@ -106,7 +117,8 @@ class TinyLMCache(Cache):
         """Keep the first ``length`` columns, or drop the last ``-length`` if it is not positive."""
         columns = self.real.shape[1]
         kept = min(columns, length) if length > 0 else max(0, columns + length)
-        self.latents.drop_last(self.real[:, kept:].sum(dim=1))
+        if self.latents is not None:
+            self.latents.drop_last(self.real[:, kept:].sum(dim=1))
         self.real = self.real[:, :kept]
 
     @property
@@ -116,8 +128,8 @@ class TinyLMCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the tensors exist; they always do."""
-        return True
+        """Whether the tensors exist."""
+        return self.latents is not None
 
     @property
     def is_compileable(self) -> bool:

@@ -43,12 +43,10 @@ class TinyLMConfig(PretrainedConfig):
         values["format_version"] = kwargs.pop("format_version", FORMAT_VERSION)
         fields = dataclasses.asdict(ModelConfig.from_dict(values, source="TinyLMConfig"))
         # Handed over too, because transformers 4 sets these from its own defaults.
-        own = ("bos_token_id", "eos_token_id", "pad_token_id")
-        super().__init__(
-            tie_word_embeddings=fields["tie_embeddings"],
-            **{name: fields[name] for name in own},
-            **kwargs,
-        )
+        kwargs["tie_word_embeddings"] = fields["tie_embeddings"]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs[name] = fields[name]
+        super().__init__(**kwargs)
         for name, value in fields.items():
             setattr(self, name, value)
 

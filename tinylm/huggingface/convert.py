@@ -74,7 +74,9 @@ def from_huggingface(directory: str | Path, out: str | Path) -> Path:
         )
     wrapped = TinyLMForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
     model = wrapped.model.eval()
-    return save_model(out, model, tokenizer=load_tokenizer_beside(directory, model.config.vocab_size))
+    return save_model(
+        out, model, tokenizer=load_tokenizer_beside(directory, model.config.vocab_size)
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

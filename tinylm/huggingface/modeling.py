@@ -60,7 +60,9 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
         return cls(TinyLMConfig.from_model_config(model.config), model).train(model.training)
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> TinyLMForCausalLM:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """Load a directory that ``save_pretrained`` wrote, or a checkpoint of TinyLM.
 
         Takes what transformers takes. Where transformers would fill a gap with random weights,
@@ -70,10 +72,14 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
             CheckpointError: A checkpoint's file is altered, or tensors are missing, unknown or of
                 another shape.
         """
+        source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
         if source is not None and (Path(source) / SUMS_FILE).is_file():
             check_intact(Path(source))
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(
+            source, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
         for key, problem in {
             "missing_keys": "no tensor",
             "unexpected_keys": "unknown tensor",
@@ -110,7 +116,7 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the embedding."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
         self.model.embed_tokens = value
 
@@ -118,7 +124,7 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the head."""
         return self.model.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.model.lm_head = new_embeddings
 
@@ -174,10 +180,7 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"expected input_ids [batch, length], found {found}.")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
-            weight = self.model.embed_tokens.weight
-            cache = TinyLMCache(
-                self.model.config, input_ids.shape[0], device=weight.device, dtype=weight.dtype
-            )
+            cache = TinyLMCache(self.model.config)
         mask = _newest_columns(attention_mask, input_ids, cache)
         logits = self._logits(input_ids, mask, cache, logits_to_keep)
         loss = None
@@ -187,7 +190,8 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        values: dict[str, Any] = {"loss": loss, "logits": logits, CACHE: cache}
+        output = CausalLMOutputWithPast(**values)
         as_object = self.config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()
 
@@ -201,8 +205,7 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the model over its cache and keep some of the logits: [B, kept, V]."""
         latents = None
         if cache is not None:
-            cache.make_room(input_ids.shape[1])
-            latents = cache.latents
+            latents = cache.make_room(*input_ids.shape, like=self.model.embed_tokens.weight)
         if isinstance(logits_to_keep, int) and logits_to_keep == 1:
             logits = self.model.last_logits(input_ids, mask, cache=latents)[:, None]
         else:
@@ -217,7 +220,16 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate() then leaves it to forward() to make the cache
+        return False  # not one of keys and values
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give ``generate`` a latent cache, unless the caller has one or wants none."""
+        prepare: Any = GenerationMixin._prepare_cache_for_generation
+        prepare(self, generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = TinyLMCache(self.model.config)
 
     def prepare_inputs_for_generation(
         self,
@@ -254,7 +266,8 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """End a text with the context, as ``tinylm generate`` does."""
-        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
+        prepare: Any = GenerationMixin._prepare_generated_length
+        generation_config = prepare(self, generation_config, *args, **kwargs)
         context = self.config.max_seq_len
         if generation_config.max_length > context:
             _log.warning(
@@ -268,7 +281,9 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _refuse(arguments: dict[str, Any], reason: str) -> None:
     """Raise for arguments that are set and would do nothing."""
-    given = sorted(name for name, value in arguments.items() if value is not None and value is not False)
+    given = sorted(
+        name for name, value in arguments.items() if value is not None and value is not False
+    )
     if given:
         raise ValueError(f"{', '.join(given)}: not available, because {reason}. Leave it out.")
 
