@@ -7,7 +7,16 @@ Importing this package registers the model, so that afterwards ``AutoConfig``,
 
 from __future__ import annotations
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tinylm.errors import ConfigError
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ConfigError(
+        f"tinylm.huggingface needs transformers 5.0 or newer, found {transformers.__version__}. "
+        "Run `pip install 'transformers>=5'`."
+    )
 
 from tinylm.huggingface.cache import TinyLMCache
 from tinylm.huggingface.configuration import TinyLMConfig

@@ -25,7 +25,7 @@ from tinylm.checkpoint import (
     unique_tensors,
 )
 from tinylm.config import ModelConfig
-from tinylm.errors import CheckpointError
+from tinylm.errors import CheckpointError, TinyLMError
 from tinylm.huggingface.convert import load_tokenizer_beside, read_config
 from tinylm.model import TinyLM
 from tinylm.quantization import master_weight
@@ -86,9 +86,9 @@ def import_bitnet(directory: str | Path, *, partial: bool = False, seed: int = 0
         )
     tensors = _read_tensors(directory)
     left = sorted(name for name in tensors if _ATTENTION in name)
-    if not partial:
-        raise CheckpointError(_why_not(directory, left, tensors))
     quantization = values.get("quantization_config") or {}
+    if not partial:
+        raise CheckpointError(_why_not(directory, values, quantization, left, tensors))
     config = _model_config(directory, values, quantization)
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -127,19 +127,33 @@ def save_import(result: BitNetImport, directory: str | Path, out: str | Path) ->
     return save_model(out, model, tokenizer=tokenizer)
 
 
-def _why_not(directory: Path, left: list[str], tensors: dict[str, Tensor]) -> str:
+def _why_not(
+    directory: Path,
+    values: dict[str, Any],
+    quantization: dict[str, Any],
+    left: list[str],
+    tensors: dict[str, Tensor],
+) -> str:
+    """Say which tensors and fields keep a BitNet checkpoint from becoming a TinyLM."""
     kinds: dict[str, list[str]] = {}
     for name in left:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     rows = "; ".join(
         f"{kind} {list(tensors[names[0]].shape)} ({len(names)})" for kind, names in kinds.items()
     )
+    way_out = (
+        "--partial takes embedding, head, norms and feed-forward layers and leaves attention "
+        "random: a start for training, not a model that answers."
+    )
+    try:
+        _model_config(directory, values, quantization)
+    except TinyLMError as error:
+        way_out = f"And {error}"
     return (
         f"{directory}: a BitNet checkpoint can't become a TinyLM that says the same. Its attention "
         "has keys and values per head, TinyLM's makes both from one normed latent per token "
         "(kv_a_proj, kv_a_layernorm, kv_b_proj), so these tensors have no place: "
-        f"{rows or 'none found'}. --partial takes embedding, head, norms and feed-forward layers "
-        "and leaves attention random: a start for training, not a model that answers."
+        f"{rows or 'none found'}. {way_out}"
     )
 
 

@@ -91,7 +91,7 @@ class TinyLMCache(Cache):
         return self.config.max_seq_len
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """Return the model's context, as older transformers ask for it."""
+        """Return the model's context, under the name that earlier versions of transformers use."""
         return self.config.max_seq_len
 
     def reset(self) -> None:

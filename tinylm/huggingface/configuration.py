@@ -42,7 +42,7 @@ class TinyLMConfig(PretrainedConfig):
         values = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
         values["format_version"] = kwargs.pop("format_version", FORMAT_VERSION)
         fields = dataclasses.asdict(ModelConfig.from_dict(values, source="TinyLMConfig"))
-        # Handed over too, because transformers 4 sets these from its own defaults.
+        # Handed over too: some versions set these from defaults of their own.
         kwargs["tie_word_embeddings"] = fields["tie_embeddings"]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs[name] = fields[name]

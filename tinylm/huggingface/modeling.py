@@ -205,7 +205,8 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the model over its cache and keep some of the logits: [B, kept, V]."""
         latents = None
         if cache is not None:
-            latents = cache.make_room(*input_ids.shape, like=self.model.embed_tokens.weight)
+            batch, length = input_ids.shape
+            latents = cache.make_room(batch, length, like=self.model.embed_tokens.weight)
         if isinstance(logits_to_keep, int) and logits_to_keep == 1:
             logits = self.model.last_logits(input_ids, mask, cache=latents)[:, None]
         else:
@@ -224,12 +225,13 @@ class TinyLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """Give ``generate`` a latent cache, unless the caller has one or wants none."""
         prepare: Any = GenerationMixin._prepare_cache_for_generation
-        prepare(self, generation_config, model_kwargs, *args, **kwargs)
+        result = prepare(self, generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = TinyLMCache(self.model.config)
+        return result
 
     def prepare_inputs_for_generation(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from tinylm.text_stream import TextStream
 from tinylm.tokenizer import load_tokenizer
 
 DEFAULT_BATCH_SIZE = 8
+HARNESS_DEVICE = "cuda:0"  # what its command line passes on where the user names none
 DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
 _GENERATION_ARGUMENTS = {
     "until",
@@ -31,6 +33,7 @@ _GENERATION_ARGUMENTS = {
     "seed",
 }
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 @register_model("tinylm")
@@ -44,7 +47,8 @@ class TinyLMHarness(TemplateLM):
     Args:
         pretrained: A checkpoint, a training run, or an ONNX directory.
         batch_size: Rows at a time.
-        device: ``auto``, ``cpu``, ``cuda:0`` ...; default ``auto``.
+        device: ``auto``, ``cpu``, ``cuda:1`` ...; default ``auto``. ``cuda:0`` means ``auto`` too,
+            because the harness passes it on where nothing was asked for.
         precision: ``fp32``, ``bf16`` or ``auto``.
         max_batch_size: Not used by TinyLM; must be None or ``batch_size``.
 
@@ -67,7 +71,9 @@ class TinyLMHarness(TemplateLM):
                 f"max_batch_size is for automatic batch sizes, found {max_batch_size}. Give "
                 "batch_size a number and leave it out."
             )
-        self.runtime = open_runtime(pretrained, device=device or "auto", precision=precision)
+        device = "auto" if device in (None, HARNESS_DEVICE) else device
+        self.runtime = open_runtime(pretrained, device=device, precision=precision)
+        _log.info("%s: computes on %s", pretrained, self.runtime.device)
         self.config = self.runtime.config
         self.tokenizer = load_tokenizer(self.runtime.directory, vocab_size=self.config.vocab_size)
         self._warned_of_cut = False
