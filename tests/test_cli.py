@@ -19,7 +19,14 @@ from tinylm.text_stream import TextStream
 from tinylm.tokenizer import load_tokenizer
 from tinylm.training_config import SECTIONS
 
-COMMANDS = (["train"], ["eval"], ["generate"], ["tokenizer", "train"], ["data", "sample"])
+COMMANDS = (
+    ["train"],
+    ["eval"],
+    ["generate"],
+    ["convert"],
+    ["tokenizer", "train"],
+    ["data", "sample"],
+)
 
 
 @pytest.fixture
@@ -209,6 +216,10 @@ def test_errors_of_using_a_model(cli: Cli, run_dir: Path, tmp_path: Path) -> Non
         (["eval", run_dir, "--file", tmp_path / "no.jsonl"], ("no.jsonl: not found",)),
         (["eval", run_dir, "--file", empty], (str(empty), "no documents")),
         (["eval", run_dir, "--file", latin], (f"{latin}, line 1", "UTF-8")),
+        (
+            ["eval", run_dir, "--file", inputs().val, "--length", 33],
+            ("--length must be at most the model's context of 32 tokens, found 33",),
+        ),
         (["data", "sample", "--out", tmp_path, "--max-mb", 0], ("max_bytes must be positive",)),
         (
             ["eval", run_dir, "--file", inputs().val, "--json", empty / "x.json"],
@@ -234,6 +245,26 @@ def test_skipped_lines_are_counted(cli: Cli, run_dir: Path, tmp_path: Path) -> N
     assert code == 0, err
     row = next(line for line in out.splitlines() if "bad lines skipped" in line)
     assert row.split("│")[2].strip() == "2"
+
+
+def test_eval_reads_windows_of_a_length(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
+    from tinylm.data import PackedSequences, load_corpus
+    from tinylm.evaluate import evaluate
+
+    file = inputs().val
+    model = TinyLM.from_pretrained(run_dir)
+    corpus = load_corpus(file, load_tokenizer(run_dir / "best"))
+    for length, options in ((32, ()), (8, ("--length", 8))):
+        code, out, err = cli("eval", run_dir, "--file", file, *options, "--json", tmp_path / "r")
+        assert code == 0, err
+        assert f"in windows of {length}" in out
+        values = json.loads((tmp_path / "r").read_text())
+        expected = evaluate(model, PackedSequences(corpus, length))
+        assert expected is not None
+        assert values["length"] == length
+        assert values["num_tokens"] == corpus.num_tokens - 1
+        assert values["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert values["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(cli: Cli, tmp_path: Path) -> None:

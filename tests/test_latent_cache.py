@@ -194,10 +194,54 @@ def test_batch_size_must_fit(model: TinyLM) -> None:
         model(torch.zeros(2, 4, dtype=torch.long), cache=LatentCache(model.config, 3, 8))
 
 
-def test_mask_must_be_right_padded(model: TinyLM) -> None:
-    mask = torch.tensor([[0, 1, 1]])
-    with pytest.raises(ValueError, match=r"right-padded.*generate\(\)"):
-        model(torch.zeros(1, 3, dtype=torch.long), mask, cache=LatentCache(model.config, 1, 8))
+@pytest.mark.parametrize("chunk", [1, 5, 24])
+def test_padding_may_stand_anywhere(model: TinyLM, batch: RaggedBatch, chunk: int) -> None:
+    order = torch.rand(4, 24, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    mask = batch.attention_mask.gather(1, order)  # gaps anywhere, and whole chunks of padding
+    ids = torch.full_like(mask, 3).masked_scatter(
+        mask == 1, batch.input_ids[batch.attention_mask == 1]
+    )
+    cache = LatentCache(model.config, 4, 24)
+    with torch.no_grad():
+        whole = model(ids, mask)
+        for start in range(0, 24, chunk):
+            part = slice(start, start + chunk)
+            before = cache.past_lens
+            logits = model(ids[:, part], mask[:, part], cache=cache)
+            real = mask[:, part] == 1
+            LOGITS.assert_close(logits[real], whole[:, part][real])
+            assert_equal(cache.past_lens - before, real.sum(dim=1))
+
+
+def test_a_cache_that_grows_equals_one_made_large(model: TinyLM, batch: RaggedBatch) -> None:
+    large, grown = LatentCache(model.config, 4, 32), LatentCache(model.config, 4, 24)
+    tokens = torch.tensor([[1], [2], [3], [4]])
+    with torch.no_grad():
+        for cache in (large, grown):
+            model(batch.input_ids, batch.attention_mask, cache=cache)
+            cache.grow(32)
+            cache.grow(5)  # never shrinks
+        assert_equal(model(tokens, cache=grown), model(tokens, cache=large))
+    for name in ("latent", "scale", "rope", "past_lens"):
+        assert_equal(getattr(grown, name), getattr(large, name))
+    assert grown.capacity == 32
+
+
+def test_rows_can_be_chosen_and_tokens_forgotten(model: TinyLM, batch: RaggedBatch) -> None:
+    cache = LatentCache(model.config, 4, 30)
+    rows, drop = torch.tensor([2, 0, 0]), torch.tensor([0, 1, 0])
+    with torch.no_grad():
+        model(batch.input_ids, batch.attention_mask, cache=cache)
+        cache.select_rows(rows)
+        cache.drop_last(drop)
+        kept = batch.attention_mask[rows]
+        kept[1, batch.lens[0] - 1] = 0
+        expected = LatentCache(model.config, 3, 30)
+        model(batch.input_ids[rows], kept, cache=expected)
+        assert_equal(cache.past_lens, expected.past_lens)
+        assert cache.longest == expected.past_lens.max()
+        tokens = torch.tensor([[7], [8], [9]])
+        assert_equal(model(tokens, cache=cache), model(tokens, cache=expected))
 
 
 def test_steps_without_no_grad_keep_no_graph(model: TinyLM) -> None:

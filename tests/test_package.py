@@ -57,7 +57,7 @@ def test_the_folder_can_not_be_imported_under_its_own_name() -> None:
 
 
 def test_the_model_never_imports_the_exporter() -> None:
-    for path in (ROOT / "tinylm").glob("*.py"):
+    for path in (ROOT / "tinylm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[str] = []
             if isinstance(node, ast.Import):

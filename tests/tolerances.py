@@ -33,6 +33,12 @@ LOGITS = Tolerance(
     reason="equal hidden states; the head is one float32 product over 64 values of about 1, whose "
     "order of summation depends on the batch's shape: 64 roundings of 6e-8 at magnitude 1",
 )
+LOG_LIKELIHOOD = Tolerance(
+    rtol=1e-5,
+    atol=1e-4,
+    reason="sums of up to 150 log probabilities, each off by what LOGITS allows and by the "
+    "roundings of a float32 log-softmax; and the harness keeps them in float32",
+)
 ATTENTION_FLOAT64 = Tolerance(
     rtol=1e-11,
     atol=1e-12,

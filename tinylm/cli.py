@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinylm import cli_train
+from tinylm.cli_convert import convert
 from tinylm.cli_shared import (
     Json,
     MaxNewTokens,
@@ -42,6 +43,7 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 data_app = typer.Typer(help="Make training text.", no_args_is_help=True)
 cli_train.register(app)
+app.command(epilog="Example: tinylm convert run --to huggingface --out tinylm-hf")(convert)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 
@@ -72,6 +74,10 @@ def _load(checkpoint: Path, device: str) -> tuple[Path, TinyLM, Any, torch.devic
 def evaluate_command(
     checkpoint: Checkpoint,
     file: Annotated[Path, typer.Option("--file", help='JSON lines {"text": ...} or .gz.')],
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=1, help="Tokens of a window. Default: the model's context."),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", min=1, help="Read about this many tokens. Default: all."),
@@ -89,8 +95,8 @@ def evaluate_command(
 ) -> None:
     """Measure token perplexity and bits per byte on a file.
 
-    The text is read in windows of the model's context, so that every token but the first is
-    predicted once; a token early in a window has little before it.
+    The text is read in windows of --length tokens, so that every token but the first is predicted
+    once; a token early in a window has little before it.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -103,6 +109,12 @@ def evaluate_command(
     if lm_head not in ("float32", "int8"):
         raise ConfigError(f"--lm-head must be float32 or int8, found {lm_head!r}.")
     directory, model, tokenizer, chosen = _load(checkpoint, device)
+    context = model.config.max_seq_len
+    length = context if length is None else length
+    if length > context:
+        raise ConfigError(
+            f"--length must be at most the model's context of {context} tokens, found {length}."
+        )
     corpus = load_corpus(file, tokenizer, skip_bad_lines=skip_bad_lines)
     stderr = Console(stderr=True)
     with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
@@ -111,7 +123,7 @@ def evaluate_command(
             task = bar.add_task(text, total=None)
             result = evaluate(
                 model,
-                PackedSequences(corpus, model.config.max_seq_len),
+                PackedSequences(corpus, length),
                 batch_size=batch_size,
                 max_tokens=max_tokens,
                 precision=precision_context(precision, chosen),
@@ -134,6 +146,7 @@ def evaluate_command(
     values = {
         "checkpoint": str(directory),
         "file": str(file),
+        "length": length,
         **result.to_dict(),
         "unigram_entropy": corpus.unigram_entropy(),
         "num_docs": corpus.num_docs,
@@ -157,7 +170,7 @@ def _print_evaluation(values: dict[str, Any]) -> None:
         "bits per byte": f"{values['bits_per_byte']:.5f} ({basis})",
         "loss": f"{values['loss']:.5f} nats per token",
         "unigram entropy": f"{values['unigram_entropy']:.5f} nats per token",
-        "predicted tokens": f"{values['num_tokens']:,}",
+        "predicted tokens": f"{values['num_tokens']:,} in windows of {values['length']:,}",
         "bytes of text": f"{values['num_bytes']:,}",
         "bad lines skipped": f"{values['num_skipped']:,}",
         "speed": f"{values['tokens_per_second']:,.0f} tokens/s",

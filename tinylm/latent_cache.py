@@ -80,6 +80,30 @@ class LatentCache:
         """Return the bytes the cached tensors take."""
         return sum(t.numel() * t.element_size() for t in (self.latent, self.scale, self.rope))
 
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens a row; what is cached stays. Never shrinks."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.latent, self.scale, self.rope = (
+            torch.cat((old, old.new_full((*old.shape[:2], more, *old.shape[3:]), empty)), dim=2)
+            for old, empty in ((self.latent, 0), (self.scale, 1), (self.rope, 0))
+        )
+        self.capacity = capacity
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows in this order, int64 [any]; a row may come up more than once."""
+        rows = rows.to(self.past_lens.device)
+        self.latent, self.scale, self.rope = (
+            t.index_select(1, rows) for t in (self.latent, self.scale, self.rope)
+        )
+        self.past_lens = self.past_lens[rows]
+
+    def drop_last(self, counts: Tensor) -> None:
+        """Forget each row's last tokens, integer [B]."""
+        self.past_lens = self.past_lens - counts.to(self.past_lens.device)
+        self.longest = int(self.past_lens.max())
+
     def reserve(self, num_new: int) -> None:
         """Check that ``num_new`` more tokens fit into every row.
 

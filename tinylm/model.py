@@ -158,7 +158,7 @@ class TinyLM(nn.Module):
         Args:
             input_ids: Integer [B, S].
             attention_mask: [B, S], nonzero for real tokens; None for all real. Any pattern works:
-                positions count the real tokens only. With a cache, rows must be right-padded.
+                positions count the real tokens only.
             cache: Past tokens. The new ones are appended, and logits continue after them.
 
         Returns:
@@ -185,9 +185,7 @@ class TinyLM(nn.Module):
         Takes what :meth:`forward` takes; the head runs on one position a row. Rows without any
         real token give logits that mean nothing.
         """
-        x, restore = self._hidden(input_ids, attention_mask, cache)
-        if restore is not None:
-            raise ValueError("last_logits needs right-padded rows (ones, then zeros).")
+        x, _ = self._hidden(input_ids, attention_mask, cache)  # each row's real tokens come first
         last = x.shape[1] - 1
         if attention_mask is None:
             return self.lm_head(x[:, last])
@@ -197,17 +195,16 @@ class TinyLM(nn.Module):
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: LatentCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return normed hidden states [B, S, hidden], and where each original token went."""
+        """Return normed hidden states [B, S, hidden] and where each original token went.
+
+        Rows with gaps have their real tokens moved to the front; the second result undoes that
+        and is None where nothing was moved.
+        """
         length = self._check_input(input_ids, attention_mask, cache)
         seq_lens = order = restore = None
         if attention_mask is not None:
             seq_lens, order = _right_pad(attention_mask)
         if order is not None:
-            if cache is not None:
-                raise ValueError(
-                    "with a cache the attention_mask must be right-padded (ones, then zeros). "
-                    "Shift each row's tokens to the left, or call generate(), which does."
-                )
             input_ids, restore = input_ids.gather(1, order), order.argsort(dim=1)
 
         positions = torch.arange(length, device=input_ids.device)[None]  # [1, S]

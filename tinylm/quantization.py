@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.config import ACTIVATIONS
-from tinylm.errors import ConfigError
+from tinylm.errors import CheckpointError, ConfigError
 
 MIN_SCALE = 1e-5
 INT8_MAX = 127.0
@@ -40,6 +40,41 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.linalg.vector_norm(weight, ord=1, dtype=inner) / weight.numel()
     scale = mean.float().clamp_min(MIN_SCALE)
     return (weight / scale).round_().clamp_(-1.0, 1.0), scale
+
+
+def master_weight(codes: Tensor, scale: Tensor, name: str = "weight") -> Tensor:
+    """Return a weight matrix that :func:`ternarize` turns into these codes and this scale.
+
+    Every nonzero weight gets the magnitude that makes the mean the scale; what the rounding of
+    that magnitude leaves over goes into one of them.
+
+    Args:
+        codes: [N, K] holding -1, 0 or 1.
+        scale: float32 scalar, mean |W|.
+        name: For the message.
+
+    Returns:
+        float32 [N, K]. All codes 0 give zeros, whose scale does not matter.
+
+    Raises:
+        CheckpointError: A code is not ternary, or the scale is below 1e-5 or not finite.
+    """
+    codes, scale = codes.float(), scale.float()
+    if not bool(((codes == 0) | (codes.abs() == 1)).all()):
+        raise CheckpointError(f"{name}: expected codes -1, 0 or 1, found another value.")
+    if not bool(scale.isfinite()) or float(scale) < MIN_SCALE:
+        raise CheckpointError(
+            f"{name}: expected a scale of {MIN_SCALE} or more, found {float(scale)}."
+        )
+    num_nonzero = int(codes.count_nonzero())
+    if num_nonzero == 0:
+        return torch.zeros_like(codes)
+    total = scale.double() * codes.numel()
+    weight = codes * (total / num_nonzero).float()
+    rest = total - torch.linalg.vector_norm(weight, ord=1, dtype=torch.float64)
+    row, column = codes.nonzero()[0].tolist()
+    weight[row, column] += (rest * codes[row, column]).float()
+    return weight
 
 
 def quantize_activation(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
