@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tinylm.checkpoint import load_model
 from tinylm.errors import TinyLMError
-from tinylm.generate import Session, TorchSession
+from tinylm.generate import Session, TorchSession, last_logits
 
 if TYPE_CHECKING:
     from tinylm.model import TinyLM
@@ -181,14 +180,10 @@ class Worker:
         batch, length = tokens.shape
         self._session.start(batch, length + self._settings.new_tokens)
         for _ in range(self._settings.new_tokens + 1):
-            logits = _last(self._session.step(tokens, torch.full((batch,), tokens.shape[1])))
+            lens = torch.full((batch,), tokens.shape[1])
+            logits = last_logits(self._session.step(tokens, lens), lens)
             yield logits
             tokens = logits.argmax(dim=-1, keepdim=True)
-
-
-def _last(logits: Tensor) -> Tensor:
-    """Return logits [B, V] where the graph gives every position [B, S, V]."""
-    return logits[:, -1] if logits.ndim == 3 else logits
 
 
 def resident_bytes() -> int | None:

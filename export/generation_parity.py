@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import ConfigError, ExportError
-from tinylm.generate import Session
+from tinylm.generate import Session, last_logits
 from tinylm_export.ort_session import OrtSession
 from tinylm_export.parity_batch import ParityBatch
 from tinylm_export.parity_report import FirstDifference, GenerationAgreement
@@ -96,9 +96,8 @@ def greedy_texts(session: Session, prompts: Tensor, max_new_tokens: int) -> list
     session.start(batch, length + max_new_tokens)
     tokens, texts = prompts, [GreedyText([], []) for _ in range(batch)]
     for _ in range(max_new_tokens):
-        logits = session.step(tokens, torch.full((batch,), tokens.shape[1]))
-        if logits.ndim == 3:
-            logits = logits[:, -1]
+        lens = torch.full((batch,), tokens.shape[1])
+        logits = last_logits(session.step(tokens, lens), lens)
         best = logits.topk(2, dim=-1)
         tokens = logits.argmax(dim=-1, keepdim=True)
         for row, text in enumerate(texts):

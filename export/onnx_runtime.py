@@ -63,19 +63,4 @@ class OnnxRuntime:
         Raises:
             ExportError: From ``start``, where the graph has no cache.
         """
-        return _LastLogits(self._session) if self._session.info.all_logits else self._session
-
-
-class _LastLogits:
-    """Cached steps that keep the logits after each row's last token of those at every one."""
-
-    def __init__(self, session: OrtSession) -> None:
-        self.config = session.config
-        self._session = session
-
-    def start(self, batch_size: int, capacity: int) -> None:
-        self._session.start(batch_size, capacity)
-
-    def step(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
-        logits = self._session.step(input_ids, seq_lens)  # [B, S, V]
-        return logits[torch.arange(len(seq_lens)), (seq_lens - 1).clamp_min(0)]
+        return self._session

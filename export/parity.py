@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinylm.bitlinear import BitLinear
 from tinylm.checkpoint import load_model
+from tinylm.generate import last_logits
 from tinylm.model import TinyLM
 from tinylm.norm import RMSNorm
 from tinylm.precision import ordinary_float32
@@ -134,10 +135,8 @@ def compare_decode(
         nonlocal position
         columns = position[:, None] + torch.arange(int(counts.max()))
         ids = batch.input_ids.gather(1, columns.clamp_max(batch.input_ids.shape[1] - 1))
-        logits = session.step(ids, counts)
+        logits = last_logits(session.step(ids, counts), counts)
         position = position + counts
-        if logits.ndim == 3:
-            logits = logits[rows, (counts - 1).clamp_min(0)]
         active = counts > 0
         meter.add(reference[rows, (position - 1).clamp_min(0)][active], logits[active])
 

@@ -252,6 +252,17 @@ def test_all_logits_steps(tmp_path: Path) -> None:
     LOGITS.assert_close(found[valid], expected[valid])
 
 
+def test_text_of_an_export_with_all_logits(tmp_path: Path) -> None:
+    model, directory = make_export(tmp_path, all_logits=True)
+    batch = ragged_batch(seed=6)  # rows of different lengths: their last tokens are not the last
+    lens = torch.tensor(batch.lens)
+    text = [
+        torch.stack(list(stream(session, batch.input_ids, lens, max_new_tokens=8)))
+        for session in (TorchSession(model), OrtSession(directory, num_threads=1))
+    ]
+    assert_equal(text[1], text[0])
+
+
 def test_what_is_no_model_is_named() -> None:
     with pytest.raises(ExportError, match=r"the model: ONNX Runtime .* can't load it"):
         make_inference_session(b"not a model")

@@ -86,8 +86,22 @@ class Session(Protocol):
             seq_lens: int64 [B], valid tokens of each row; 0 leaves a row as it is.
 
         Returns:
-            float32 [B, V]; meaningless for rows with ``seq_lens`` 0.
+            float32 [B, V]; meaningless for rows with ``seq_lens`` 0. Exports with all logits give
+            [B, S, V]: see :func:`last_logits`.
         """
+
+
+def last_logits(logits: Tensor, seq_lens: Tensor) -> Tensor:
+    """Return the logits [B, V] after each row's last token, out of those that a step gave.
+
+    Args:
+        logits: [B, V], or [B, S, V] of a graph that gives every position's.
+        seq_lens: int64 [B], valid tokens of each row.
+    """
+    if logits.ndim == 2:
+        return logits
+    last = (seq_lens - 1).clamp_min(0).to(logits.device)
+    return logits[torch.arange(len(logits), device=logits.device), last]
 
 
 class TorchSession:
@@ -166,7 +180,8 @@ def stream(
     running = torch.ones_like(seq_lens, dtype=torch.bool)
     tokens, lens = input_ids[:, :longest], seq_lens
     for step in range(max_new_tokens):
-        chosen = sample(session.step(tokens, lens), sampling, generator).to(running.device)
+        logits = last_logits(session.step(tokens, lens), lens)
+        chosen = sample(logits, sampling, generator).to(running.device)
         if eos_token_id is not None:
             chosen = torch.where(running, chosen, eos_token_id)
             running = running & (chosen != eos_token_id)
