@@ -1,4 +1,4 @@
-"""Makes one checkpoint with its weights in one file, for every command to take, of any checkpoint."""
+"""Makes a checkpoint with its weights in one file, for every command to take, of any other."""
 
 from __future__ import annotations
 

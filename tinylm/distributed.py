@@ -92,7 +92,7 @@ class World:
         dist.broadcast_object_list(outcome, src=0, group=self.messages)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]  # type: ignore[no-any-return]
+        return outcome[0]
 
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
@@ -164,7 +164,9 @@ def connect(world: World, device: torch.device, *, alone: bool = False) -> World
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
-    return dataclasses.replace(world, messages=dist.new_group(backend="gloo"))
+    messages = dist.new_group(backend="gloo")
+    assert not isinstance(messages, int)  # what it is for processes outside of the group
+    return dataclasses.replace(world, messages=messages)
 
 
 def disconnect() -> None:
@@ -191,12 +193,12 @@ def like(source: Tensor, target: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor's values; of a sharded one, every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor; of one that isn't sharded, all of it."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
