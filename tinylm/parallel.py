@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.nn.parallel import DistributedDataParallel
 
 from tinylm.distributed import World
 from tinylm.errors import ConfigError
 from tinylm.model import TinyLM
 from tinylm.training_config import ParallelConfig
 
-# Weights are gathered as they are, gradients are added up in float32.
-_PRECISION = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def choose_mode(config: ParallelConfig, world: World) -> str:
@@ -68,13 +60,11 @@ class ParallelModel:
         mode: ``none``, ``ddp``, ``fsdp`` or ``hsdp``.
         module: The model, its parameters sharded or not.
         compute: What to call in a training step.
-        num_processes: Processes whose gradients are averaged.
     """
 
     mode: str
     module: TinyLM
     compute: nn.Module
-    num_processes: int
 
     @property
     def is_sharded(self) -> bool:
@@ -87,10 +77,10 @@ class ParallelModel:
         With FSDP each part's gradient is reduced at once, since a whole one would not fit; with
         HSDP the groups exchange only the last sum.
         """
-        if isinstance(self.compute, DistributedDataParallel) and not last:
-            return self.compute.no_sync()
-        if isinstance(self.module, FSDPModule):
-            self.module.set_requires_all_reduce(last)
+        if self.mode == "ddp" and not last:
+            return self.compute.no_sync()  # type: ignore[operator,no-any-return]
+        if self.mode == "hsdp":
+            self.module.set_requires_all_reduce(last)  # type: ignore[operator]
         return contextlib.nullcontext()
 
 
@@ -103,6 +93,8 @@ def parallelize(model: TinyLM, config: ParallelConfig, world: World) -> Parallel
     mode = choose_mode(config, world)
     compute: nn.Module = model
     if mode == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
         device = model.embed_tokens.weight.device
         compute = DistributedDataParallel(
             model,
@@ -111,10 +103,12 @@ def parallelize(model: TinyLM, config: ParallelConfig, world: World) -> Parallel
         )
     elif mode != "none":
         _shard(model, _mesh(model, mode, config, world))
-    return ParallelModel(mode=mode, module=model, compute=compute, num_processes=world.size)
+    return ParallelModel(mode=mode, module=model, compute=compute)
 
 
 def _mesh(model: TinyLM, mode: str, config: ParallelConfig, world: World) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
     device = model.embed_tokens.weight.device.type
     if mode == "fsdp":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
@@ -125,7 +119,16 @@ def _mesh(model: TinyLM, mode: str, config: ParallelConfig, world: World) -> Dev
 
 def _shard(model: TinyLM, mesh: DeviceMesh) -> None:
     """Shard every layer by itself, so that one layer at a time is whole, then the rest."""
+    # Imported here, because it takes seconds and most runs are one process.
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Weights are gathered as they are, gradients are added up in float32.
+    policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=_PRECISION)
-    fully_shard(model, mesh=mesh, mp_policy=_PRECISION)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "last_logits")  # what generating calls

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from tinylm import sharded_checkpoint as shards
 from tinylm import training_state as saved_state
 from tinylm.checkpoint import (
     check_intact,
@@ -67,6 +66,8 @@ def save_run(directory: Path, parts: RunParts, state: saved_state.TrainState) ->
         saved_state.RNG_FILE: rng,
     }
     if parts.model.is_sharded:
+        from tinylm import sharded_checkpoint as shards
+
         shards.save_sharded(
             directory,
             shards.prefixed(shards.WEIGHTS, unique_tensors(module))
@@ -135,6 +136,8 @@ def restore_run(checkpoint: Path, parts: RunParts, state: saved_state.TrainState
     """
     module, optimizer, world = parts.model.module, parts.optimizer, parts.world
     if is_sharded(checkpoint):
+        from tinylm import sharded_checkpoint as shards
+
         shards.load_sharded(
             checkpoint,
             shards.prefixed(shards.WEIGHTS, unique_tensors(module))

@@ -111,9 +111,8 @@ class Trainer:
             self.run.check_free()
             return None
         for unfinished in self.run.unfinished():
-            self.console.print(
-                f"Ignored {unfinished}: it was not written to the end.", markup=False
-            )
+            text = f"Ignored {unfinished}: it was not written to the end."
+            self.console.print(text, markup=False, soft_wrap=True)
         return self.run.resume_point(resume_from)
 
     def _parts(self) -> RunParts:
@@ -141,13 +140,15 @@ class Trainer:
         self.state = state
         self._saved_step = state.step
         self._commit()
-        self.console.print(f"Going on from {checkpoint}, step {state.step}.", markup=False)
+        said = f"Going on from {checkpoint}, step {state.step}."
+        self.console.print(said, markup=False, soft_wrap=True)
         here = (torch.get_num_threads(), self.device.type, self.world.size)
         then = (state.num_threads, state.device, state.num_processes)
         if here != then:
             self.console.print(
                 f"Note: saved by {then[2]} processes with {then[0]} threads on {then[1]}, going on "
-                f"with {here[2]}, {here[0]} and {here[1]}: sums may differ in their last bits."
+                f"with {here[2]}, {here[0]} and {here[1]}: sums may differ in their last bits.",
+                soft_wrap=True,
             )
         if not same_random and self.config.model.dropout > 0:
             self.console.print("Note: with another number of processes, dropout draws anew.")
