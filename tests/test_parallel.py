@@ -83,6 +83,15 @@ def test_any_number_of_processes_trains_alike(finished: Runs, mode: str, num: in
     assert texts[0] == records(single, "sample")[0]["text"]
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_parts_of_a_share_add_up_to_the_same_step(
+    finished: Runs, tmp_path: Path, mode: str
+) -> None:
+    further = ("--parallel", mode, "--micro-batch-size", "1")
+    run_processes(2, arguments(tmp_path / "run", *further), tmp_path / "logs")
+    assert_same_run(tmp_path / "run", finished("ddp", 1))
+
+
 @pytest.mark.parametrize(("mode", "num"), [("fsdp", 2), ("hsdp", 4)])
 def test_consolidated_shards_are_the_single_processs_checkpoint(
     finished: Runs, tmp_path: Path, mode: str, num: int
