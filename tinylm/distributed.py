@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from tinylm.errors import ConfigError, TinyLMError
 
 T = TypeVar("T")
+_START = "tinylm-start"
+_START_SECONDS = 600
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,13 +166,43 @@ def connect(world: World, device: torch.device, *, alone: bool = False) -> World
         return world
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if world.size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
+        store = dist.HashStore() if world.size == 1 else _store_of_this_start(world)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     messages = dist.new_group(backend="gloo")
     assert not isinstance(messages, int)  # what it is for processes outside of the group
     return dataclasses.replace(world, messages=messages)
+
+
+def _store_of_this_start(world: World) -> dist.Store:
+    """Return a store that holds nothing of processes that torchrun has replaced.
+
+    torchrun keeps one store over restarts, and the addresses of dead processes in it. So the first
+    process names each start anew, and the others take the name only from a first process that has
+    seen them, not from one that is gone.
+    """
+    store: dist.Store = next(rendezvous("env://", world.rank, world.size))[0]
+    mine = uuid.uuid4().hex
+    if world.is_main:
+        store.set(_START, mine)
+        for rank in range(1, world.size):
+            here = f"{_START}/{mine}/{rank}"
+            store.wait([here], datetime.timedelta(seconds=_START_SECONDS))
+            store.set(f"{here}/seen", store.get(here).decode())
+        return dist.PrefixStore(f"{_START}/{mine}", store)
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if store.check([_START]):
+            name = store.get(_START).decode()
+            here = f"{_START}/{name}/{world.rank}"
+            store.set(here, mine)
+            if store.check([f"{here}/seen"]) and store.get(f"{here}/seen").decode() == mine:
+                return dist.PrefixStore(f"{_START}/{name}", store)
+        time.sleep(0.02)
+    raise ConfigError(
+        f"process {world.rank} of {world.size} found no process 0 at "
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
+        f"{_START_SECONDS} s. Look at that process's messages, and start all of them anew."
+    )
 
 
 def disconnect() -> None:

@@ -78,7 +78,7 @@ class ParallelModel:
         HSDP the groups exchange only the last sum.
         """
         if self.mode == "ddp" and not last:
-            return self.compute.no_sync()  # type: ignore[operator,no-any-return]
+            return self.compute.no_sync()  # type: ignore[operator]
         if self.mode == "hsdp":
             self.module.set_requires_all_reduce(last)  # type: ignore[operator]
         return contextlib.nullcontext()
