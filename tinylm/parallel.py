@@ -128,6 +128,8 @@ def _shard(model: TinyLM, mesh: DeviceMesh) -> None:
 
     # Weights are gathered as they are, gradients are added up in float32.
     policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
+    for linear in model.bit_linears().values():
+        linear.keeps_codes = False
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
