@@ -21,7 +21,7 @@ from distributed_helpers import (
     start_processes,
 )
 from safetensors.torch import load_file
-from tolerances import FIRST_STEPS, SHORT_RUN, SHORT_RUN_WEIGHTS
+from tolerances import BFLOAT16_RUN, FIRST_STEPS, SHORT_RUN, SHORT_RUN_WEIGHTS
 from training_helpers import losses, records
 
 from tinylm.checkpoint import load_model
@@ -259,3 +259,19 @@ def test_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(tmp_path: Pa
     assert "step-00000008: can't be written" in said and "process 1" in said
     assert (out / "last").resolve().name == "step-00000004"
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_bfloat16_sharded_trains_as_one_process_does(tmp_path: Path) -> None:
+    half = ("--precision", "bf16", "--max-steps", "6", "--eval-every", "100", "--save-every", "100")
+    run_processes(1, arguments(tmp_path / "one", *half), tmp_path / "logs-one")
+    sharded = arguments(tmp_path / "run", "--parallel", "fsdp", *half)
+    run_processes(2, sharded, tmp_path / "logs")
+    got, want = (
+        torch.tensor([loss for _, loss in losses(tmp_path / name)]) for name in ("run", "one")
+    )
+    # Both quantise float32 masters, so the first step differs by sums over rows only.
+    FIRST_STEPS.assert_close(got[:1], want[:1])
+    BFLOAT16_RUN.assert_close(got, want)
+    # Masters and moments stay float32.
+    index = json.loads((tmp_path / "run/last/shards/index.json").read_text())
+    assert {about["dtype"] for about in index["tensors"].values()} == {"float32"}
