@@ -188,6 +188,14 @@ def test_kept_codes_are_reused_and_dropped() -> None:
     assert layer.weight_codes()[0] is not layer.weight_codes()[0]
 
 
+def test_codes_are_not_kept_where_a_layer_is_told_so() -> None:
+    layer = BitLinear(16, 8).eval()
+    layer.keeps_codes = False
+    with torch.no_grad():
+        first, second = layer.weight_codes()[0], layer.weight_codes()[0]
+    assert torch.equal(first, second) and first is not second and layer._codes is None
+
+
 def test_kept_codes_of_another_dtype_are_not_handed_out() -> None:
     layer = make_layer().eval()
     for dtype in (torch.int8, torch.float64, torch.float32, torch.int8):

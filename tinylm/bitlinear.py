@@ -104,6 +104,8 @@ class BitLinear(nn.Module):
         # Of the ternary codes only the scale depends on this; but the optimiser's steps are as long
         # as the learning rate says, and against smaller weights they would flip codes too often.
         nn.init.normal_(self.weight, std=in_features**-0.5)
+        # Off where the weight is sharded: kept codes of all layers would be the whole model.
+        self.keeps_codes = True
         # What weight_codes() keeps: the weight, its version and the dtype, then codes and scale.
         self._codes: tuple[weakref.ref[Tensor], Any, Tensor, Tensor] | None = None
 
@@ -128,7 +130,8 @@ class BitLinear(nn.Module):
     @torch.no_grad()
     def weight_codes(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
         """Return the ternary codes, [N, K] of ``dtype``, and their scale, a float32 scalar."""
-        if self.training or self.weight.is_inference():  # inference tensors count no versions
+        # Inference tensors count no versions.
+        if self.training or not self.keeps_codes or self.weight.is_inference():
             codes, scale = ternarize(self.weight)
             return codes.to(dtype), scale
         key = (self.weight._version, dtype)

@@ -6,11 +6,15 @@
     SHA256SUMS           for `sha256sum -c SHA256SUMS`, of every other file
     training_state/      only what training needs to go on
 
+A run whose weights are sharded writes ``shards/`` (:mod:`tinylm.shard_storage`) in place of
+``model.safetensors`` and the optimiser's file; ``tinylm consolidate`` makes the first form of it.
+
 Everything is safetensors or JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +28,15 @@ from torch.overrides import TorchFunctionMode
 
 from tinylm.config import ModelConfig
 from tinylm.directory import check_sums, write_checksums, written_whole
+from tinylm.distributed import like
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.model import TinyLM
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 STATE_DIR = "training_state"
+SHARDS_DIR = "shards"
+SHARDS_INDEX = f"{SHARDS_DIR}/index.json"
 STEP_PREFIX = "step-"
 
 
@@ -60,23 +67,54 @@ def save_model(
             was there before is intact and the temporary directory is gone.
     """
     directory = Path(directory)
-    hint = "Training goes on with --resume."
-    with written_whole(directory, marker=MODEL_FILE, error=CheckpointError, hint=hint) as temporary:
-        _save_tensors(temporary / MODEL_FILE, unique_tensors(model))
-        model.config.save(temporary / CONFIG_FILE)
-        if tokenizer is not None:
-            from tinylm.tokenizer import save_tokenizer
-
-            save_tokenizer(tokenizer, temporary)
-        for name, content in (extra_files or {}).items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
-                _save_tensors(path, content)
-            else:
-                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with being_written(directory) as temporary:
+        save_tensors(temporary / MODEL_FILE, unique_tensors(model))
+        save_companions(temporary, model.config, tokenizer=tokenizer, extra_files=extra_files)
         write_checksums(temporary)
     return directory
+
+
+def being_written(directory: Path) -> contextlib.AbstractContextManager[Path]:
+    """Return the context that gives a temporary directory and renames it to a checkpoint.
+
+    Raises:
+        CheckpointError: As :func:`save_model`.
+    """
+    return written_whole(
+        directory,
+        marker=(MODEL_FILE, SHARDS_INDEX),
+        error=CheckpointError,
+        hint="Training goes on with --resume.",
+    )
+
+
+def save_companions(
+    directory: Path,
+    config: ModelConfig,
+    *,
+    tokenizer: Any = None,
+    extra_files: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what stands beside the weights: config, tokenizer and further files.
+
+    Args:
+        directory: Where to.
+        config: Of the model.
+        tokenizer: A transformers tokenizer.
+        extra_files: As for :func:`save_model`.
+    """
+    config.save(directory / CONFIG_FILE)
+    if tokenizer is not None:
+        from tinylm.tokenizer import save_tokenizer
+
+        save_tokenizer(tokenizer, directory)
+    for name, content in (extra_files or {}).items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_tensors(path, content)
+        else:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -90,7 +128,12 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: It can't be written.
+    """
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
@@ -102,18 +145,30 @@ def check_intact(directory: Path, *, training_state: bool = False) -> None:
 
     Args:
         directory: A checkpoint.
-        training_state: Whether to check the files in ``training_state/`` too.
+        training_state: Whether to check the files in ``training_state/`` too, and whether weights
+            may be sharded.
 
     Raises:
         CheckpointError: A file is missing, truncated or altered.
     """
+    weights = SHARDS_INDEX if training_state and is_sharded(directory) else MODEL_FILE
     check_sums(
         directory,
-        required=(MODEL_FILE, CONFIG_FILE),
+        required=(weights, CONFIG_FILE),
         error=CheckpointError,
         hint=other_checkpoints(directory),
         skip=lambda name: name.startswith(f"{STATE_DIR}/") and not training_state,
     )
+
+
+def is_sharded(directory: Path) -> bool:
+    """Return whether a checkpoint's weights are in shards."""
+    return (directory / SHARDS_INDEX).is_file()
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Return whether a directory holds weights, in one file or in shards."""
+    return (directory / MODEL_FILE).is_file() or is_sharded(directory)
 
 
 def _require_file(path: Path) -> None:
@@ -145,20 +200,26 @@ def list_checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, *, sharded: bool = False) -> Path:
     """Find the checkpoint that a path means.
 
     Args:
         path: A checkpoint, or the output directory of a training run, which stands for its
             ``best`` checkpoint, or its ``last`` if none was evaluated.
+        sharded: Whether one with sharded weights will do.
 
     Raises:
-        CheckpointError: There is no checkpoint.
+        CheckpointError: There is no checkpoint, or it is sharded.
     """
     path = Path(path)
     for candidate in (path, path / "best", path / "last"):
-        if (candidate / MODEL_FILE).is_file():
+        if (candidate / MODEL_FILE).is_file() or (sharded and is_sharded(candidate)):
             return candidate
+        if is_sharded(candidate):
+            raise CheckpointError(
+                f"{candidate}: expected {MODEL_FILE}, found a sharded checkpoint. Make one file of "
+                f"it: tinylm consolidate {candidate} OUT"
+            )
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
     else:
@@ -280,10 +341,14 @@ def load_model(directory: str | Path, *, verify: bool = True) -> TinyLM:
 def restore_weights(directory: Path, model: TinyLM) -> None:
     """Copy the weights of a checkpoint into a model that exists, for training to go on.
 
+    Args:
+        directory: A checkpoint with its weights in one file.
+        model: Its parameters may be sharded.
+
     Raises:
         CheckpointError: Missing, or not fitting the model.
     """
     weights = _read_weights(directory, model)
     with torch.no_grad():
         for name, tensor in unique_tensors(model).items():
-            tensor.copy_(weights[name])
+            tensor.copy_(like(weights[name], tensor))

@@ -223,6 +223,21 @@ def generate(
     write_json(json, {"checkpoint": str(directory), **values})
 
 
+@app.command("consolidate", epilog="Example: tinylm consolidate run consolidated")
+def consolidate_command(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to.")],
+) -> None:
+    """Make one file of a checkpoint's shards, for all other commands to take.
+
+    Runs with --parallel fsdp or hsdp write shards; they go on from these with any number of
+    processes, so training never needs this.
+    """
+    from tinylm.consolidate import consolidate
+
+    print(f"{out}: one file made of {consolidate(checkpoint, out)}")
+
+
 @tokenizer_app.command(
     "train",
     epilog="Example: tinylm tokenizer train --file train.jsonl --out tokenizer --vocab-size 4096",

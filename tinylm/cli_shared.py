@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def run_app(app: typer.Typer, name: str, argv: Sequence[str] | None) -> None:
     try:
         app(args=None if argv is None else list(argv))
     except (TinyLMError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # one of several processes that torchrun started
+        print(f"{name}{'' if rank == '0' else f' [process {rank}]'}: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 

@@ -136,19 +136,22 @@ def train(given: dict[str, Any]) -> None:
     """Train a model on JSON lines {"text": ...}: logs, checkpoints, resumes.
 
     Long runs survive: SIGTERM saves and ends with 0, and --resume goes on from the last checkpoint.
-    Flags win over --config, which wins over the defaults.
+    Flags win over --config, which wins over the defaults. Under torchrun every process is one
+    worker: torchrun --nproc-per-node 8 -m tinylm.cli train ... --parallel fsdp
     """
-    from rich.console import Console
-
     from tinylm.cli import write_json
+    from tinylm.distributed import disconnect
     from tinylm.trainer import Trainer
 
     resume_from = given["resume_from"]
     resume = bool(given["resume"]) or resume_from is not None
     config = settings(given, resume=resume)
-    console = Console()
-    trainer = Trainer(config, resume=resume, resume_from=resume_from, console=console)
+    trainer = Trainer(config, resume=resume, resume_from=resume_from)
     summary = trainer.train()
+    disconnect()
+    if not trainer.world.is_main:
+        return
+    console = trainer.console
     state = "stopped by a signal" if summary.stopped else "done"
     lines = [f"Training {state} at step {summary.step} of {summary.total_steps}."]
     if summary.val_loss is not None:

@@ -11,17 +11,33 @@ from tinylm.errors import ConfigError
 from tinylm.training_config import PRECISIONS
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Turn ``auto`` or a device's name into a device that is there.
 
     Args:
         name: ``auto`` is the GPU if there is one; else ``cpu``, ``cuda``, ``cuda:1`` ...
+        local_rank: Number of this process on its machine; of several each takes a GPU of its own.
+        local_size: Processes of the run on this machine.
 
     Raises:
-        ConfigError: No such device.
+        ConfigError: No such device, or fewer than processes.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(
+                f"device must be auto, cpu or cuda where {local_size} processes take a GPU each, "
+                f"found {name!r}. CUDA_VISIBLE_DEVICES chooses among the GPUs."
+            )
+        if torch.cuda.device_count() < local_size:
+            raise ConfigError(
+                f"{local_size} processes on this machine need as many GPUs, found "
+                f"{torch.cuda.device_count()}. Start fewer (torchrun --nproc-per-node), or pass "
+                "--device cpu."
+            )
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
     try:
         torch.empty(0, device=name)
         return torch.device(name)

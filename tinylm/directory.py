@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tinylm.errors import TinyLMError
@@ -17,13 +17,14 @@ TEMPORARY_PREFIX = ".tmp-"
 
 @contextlib.contextmanager
 def written_whole(
-    directory: Path, *, marker: str, error: type[TinyLMError], hint: str = ""
+    directory: Path, *, marker: str | tuple[str, ...], error: type[TinyLMError], hint: str = ""
 ) -> Iterator[Path]:
     """Give a temporary directory that becomes ``directory`` if the block succeeds.
 
     Args:
         directory: The final name. One that exists is replaced if it is empty or holds ``marker``.
-        marker: Name of the file that tells an earlier directory of this kind.
+        marker: Name of the file that tells an earlier directory of this kind, or several of which
+            one is enough.
         error: What to raise.
         hint: How to go on after a failure to write, for the message.
 
@@ -32,12 +33,13 @@ def written_whole(
             full). What was there before is intact and the temporary directory is gone.
     """
     replaces = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    if replaces and not (directory / marker).is_file():
+    markers = (marker,) if isinstance(marker, str) else marker
+    if replaces and not any((directory / name).is_file() for name in markers):
         raise error(
-            f"{directory}: exists and holds no {marker}, so it is not replaced. "
+            f"{directory}: exists and holds no {' or '.join(markers)}, so it is not replaced. "
             "Choose another directory."
         )
-    temporary = directory.parent / f"{TEMPORARY_PREFIX}{directory.name}"
+    temporary = temporary_name(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,6 +69,11 @@ def written_whole(
         raise
 
 
+def temporary_name(directory: Path) -> Path:
+    """Return where :func:`written_whole` writes before it renames."""
+    return directory.parent / f"{TEMPORARY_PREFIX}{directory.name}"
+
+
 def _free_space(directory: Path) -> str:
     try:
         return f"{shutil.disk_usage(directory.parent).free / 1e6:.0f} MB are free there."
@@ -91,10 +98,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_checksums(directory: Path) -> None:
-    """Write ``SHA256SUMS`` over every other file of a directory."""
+def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write ``SHA256SUMS`` over every other file of a directory.
+
+    Args:
+        directory: The directory.
+        known: Digests by relative name of files that need not be read again.
+    """
+    known = known or {}
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS_FILE)
-    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    lines = []
+    for path in files:
+        name = path.relative_to(directory).as_posix()
+        lines.append(f"{known.get(name) or sha256(path)}  {name}\n")
     (directory / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 

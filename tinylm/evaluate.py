@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm import quantization
 from tinylm.data import IGNORED_LABEL
+from tinylm.distributed import World, is_sharded, local, whole
+from tinylm.quantization import abs_sum, scale_of_sum
 
 if TYPE_CHECKING:
+    from tinylm.bitlinear import BitLinear
     from tinylm.data import PackedSequences, PaddedSequences
     from tinylm.model import TinyLM
 
@@ -77,8 +81,11 @@ def evaluate(
     precision: contextlib.AbstractContextManager[Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
 ) -> EvalResult | None:
     """Measure a model on held-out text; the model's mode is put back afterwards.
+
+    Several processes share the sequences, and all get the result.
 
     Args:
         model: The model.
@@ -87,31 +94,39 @@ def evaluate(
         max_tokens: Read about this many tokens, in sequences spread evenly over the file; None for
             all.
         precision: Context to compute in, such as autocast.
-        should_stop: Asked before every batch; True ends the evaluation without a result.
+        should_stop: Asked before every batch; True ends the evaluation without a result. Must say
+            the same in all processes.
         progress: Called with (sequences done, sequences in all).
+        world: The processes, all of which must call this. Default: this one alone.
 
     Returns:
         The result, or None if it was stopped.
     """
+    world = world or World()
     corpus = sequences.corpus
     chosen = _spread(len(sequences), corpus.num_tokens, max_tokens)
     device = model.embed_tokens.weight.device
-    total, count, started = 0.0, 0, time.perf_counter()
+    total, labels, started = 0.0, 0, time.perf_counter()
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(chosen), batch_size):
+        # As many batches in every process: a sharded model runs in all of them or in none.
+        rows = -(-len(chosen) // world.size)
+        mine = chosen[world.rank :: world.size]
+        for start in range(0, rows, batch_size):
             if should_stop is not None and should_stop():
                 return None
-            indices = chosen[start : start + batch_size]
-            batch = sequences.batch(indices)
-            count += batch.num_labels
+            indices = mine[start : start + batch_size]
+            batch = sequences.batch(indices if len(indices) else chosen[:1])
             batch = batch.to(device)
             with precision or contextlib.nullcontext():
                 logits = model(batch.input_ids, batch.attention_mask)  # [B, S, V]
-            total += float(sum_loss(logits, batch.labels))
+            if len(indices):
+                labels += batch.num_labels
+                total += float(sum_loss(logits, batch.labels))
             if progress is not None:
-                progress(start + len(indices), len(chosen))
+                progress(min((start + len(indices)) * world.size, len(chosen)), len(chosen))
+        total, count = world.sum([total, labels])
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
@@ -125,7 +140,7 @@ def evaluate(
         perplexity=math.exp(min(loss, 700.0)),  # beyond that a float overflows
         bits_per_byte=nats_per_byte / math.log(2),
         bits_per_byte_basis="whole file" if whole else "token ratio",
-        num_tokens=count,
+        num_tokens=int(count),
         seconds=seconds,
         tokens_per_second=count / max(seconds, 1e-9),
     )
@@ -141,12 +156,27 @@ def _spread(num_sequences: int, num_tokens: int, max_tokens: int | None) -> np.n
 
 @torch.no_grad()
 def ternary_codes(model: TinyLM) -> dict[str, Tensor]:
-    """Return the codes of every BitLinear, int8 [N, K], by module path."""
-    return {name: layer.weight_codes()[0] for name, layer in model.bit_linears().items()}
+    """Return the codes of every BitLinear, int8 [N, K], by module path.
+
+    Of a sharded model they are those of this process's rows, under the whole matrix's scale; every
+    process must ask.
+    """
+    return {name: _local_codes(layer) for name, layer in model.bit_linears().items()}
+
+
+def _local_codes(layer: BitLinear) -> Tensor:
+    weight = layer.weight
+    if not is_sharded(weight):
+        return layer.weight_codes()[0]
+    scale = scale_of_sum(whole(abs_sum(weight)), weight.numel())
+    return quantization.ternary_codes(local(weight), scale).to(torch.int8)
 
 
 def ternary_statistics(
-    codes: dict[str, Tensor], before: dict[str, Tensor] | None = None
+    codes: dict[str, Tensor],
+    before: dict[str, Tensor] | None = None,
+    *,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Count ternary codes over all layers and per kind of layer.
 
@@ -154,27 +184,33 @@ def ternary_statistics(
         codes: From :func:`ternary_codes`.
         before: The codes before an update; adds the flip rate, the part of the codes that the
             update changed.
+        world: Processes that hold different codes, all of which must call this.
 
     Returns:
         ``fraction_minus``, ``fraction_zero``, ``fraction_plus``; ``zero_by_kind`` by the last part
         of the module path, such as ``q_proj``; and ``flip_rate``.
     """
-    minus = zero = total = flipped = 0
-    by_kind: dict[str, list[int]] = {}
+    minus = flipped = 0
+    sizes: dict[str, int] = {}  # by kind of layer
+    zeros: dict[str, int] = {}
     for name, layer_codes in codes.items():
-        size, zeros = layer_codes.numel(), layer_codes.numel() - int(layer_codes.count_nonzero())
-        total, zero = total + size, zero + zeros
+        kind, size = name.rpartition(".")[2], layer_codes.numel()
+        sizes[kind] = sizes.get(kind, 0) + size
+        zeros[kind] = zeros.get(kind, 0) + size - int(layer_codes.count_nonzero())
         minus += int((layer_codes < 0).sum())
-        kind = by_kind.setdefault(name.rpartition(".")[2], [0, 0])
-        kind[0], kind[1] = kind[0] + zeros, kind[1] + size
         if before is not None:
             flipped += int((layer_codes != before[name]).sum())
+    counts = [minus, flipped, *sizes.values(), *zeros.values()]
+    all_minus, all_flipped, *rest = (world or World()).sum(counts)
+    all_sizes = dict(zip(sizes, rest[: len(sizes)], strict=True))
+    all_zeros = dict(zip(zeros, rest[len(sizes) :], strict=True))
+    total, zero = sum(all_sizes.values()), sum(all_zeros.values())
     result: dict[str, Any] = {
-        "fraction_minus": minus / total,
+        "fraction_minus": all_minus / total,
         "fraction_zero": zero / total,
-        "fraction_plus": (total - minus - zero) / total,
-        "zero_by_kind": {kind: zeros / size for kind, (zeros, size) in by_kind.items()},
+        "fraction_plus": (total - all_minus - zero) / total,
+        "zero_by_kind": {kind: all_zeros[kind] / size for kind, size in all_sizes.items()},
     }
     if before is not None:
-        result["flip_rate"] = flipped / total
+        result["flip_rate"] = all_flipped / total
     return result

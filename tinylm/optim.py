@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tinylm.distributed import like
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.training_config import OptimizerConfig, ScheduleConfig
 
@@ -127,10 +128,27 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[st
     return tensors
 
 
+def empty_optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Give every parameter a state of zeros, to be filled in, sharded as the parameter is.
+
+    Returns:
+        What :func:`optimizer_tensors` returns: these very tensors by name.
+    """
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer_tensors(model, optimizer)
+
+
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor], *, source: str
 ) -> None:
     """Put back what :func:`optimizer_tensors` gave, as copies on the parameters' devices.
+
+    A sharded parameter takes its part of each tensor.
 
     Args:
         model: The model whose parameters ``optimizer`` holds.
@@ -155,7 +173,7 @@ def load_optimizer_tensors(
                     f"{list(value.shape)}. The checkpoint belongs to another model."
                 )
             # `step` lives where the fused kernel wants it: with the parameter.
-            state[key] = value.to(parameter.device, copy=True)
+            state[key] = like(value, parameter)
         if state and len(state) < len(_STATE_NAMES):
             missing = sorted(set(_STATE_NAMES) - set(state))
             raise CheckpointError(f"{source}: no {', '.join(missing)} for {name}.")

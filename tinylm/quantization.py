@@ -35,11 +35,27 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale: float32 scalar, ``max(mean(|W|), 1e-5)``; ``codes * scale`` approximates ``weight``.
     """
     weight = weight.float()
-    # A float32 sum depends on the number of threads, and with it the scale and codes near 1/2.
+    scale = scale_of_sum(abs_sum(weight), weight.numel())
+    return ternary_codes(weight, scale), scale
+
+
+def abs_sum(weight: Tensor) -> Tensor:
+    """Return ``sum(|W|)``, a scalar; of a float32 weight in float64.
+
+    A float32 sum depends on the number of threads, and with it the scale and codes near 1/2.
+    """
     inner = torch.float32 if weight.device.type == "mps" else torch.float64
-    mean = torch.linalg.vector_norm(weight, ord=1, dtype=inner) / weight.numel()
-    scale = mean.float().clamp_min(MIN_SCALE)
-    return (weight / scale).round_().clamp_(-1.0, 1.0), scale
+    return torch.linalg.vector_norm(weight, ord=1, dtype=inner)
+
+
+def scale_of_sum(total: Tensor, count: int) -> Tensor:
+    """Return the weight scale, float32: ``max(total / count, 1e-5)`` for ``count`` weights."""
+    return (total / count).float().clamp_min(MIN_SCALE)
+
+
+def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the codes of a float32 weight, or of a part of it, under a scale: -1, 0 or 1."""
+    return (weight / scale).round_().clamp_(-1.0, 1.0)
 
 
 def master_weight(codes: Tensor, scale: Tensor, name: str = "weight") -> Tensor:

@@ -130,3 +130,38 @@ class Recorder:
         self._metrics.write(record)
         if self._tensorboard is not None:
             self._tensorboard.write(record)
+
+
+class SilentRecorder(Recorder):
+    """The recorder of all processes but the first, which alone writes and shows anything."""
+
+    def __init__(self, config: TrainConfig, *, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+
+    def __enter__(self) -> SilentRecorder:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        """Do nothing."""
+
+    def time_step(self, seconds: float, num_tokens: int) -> None:
+        """Do nothing."""
+
+    def train(self, record: Record) -> None:
+        """Do nothing."""
+
+    def evaluation(self, step: int, result: EvalResult) -> None:
+        """Do nothing."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Do nothing."""
+
+    def line(self, text: str) -> None:
+        """Do nothing."""
+
+    def draw_curve(self) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""

@@ -12,12 +12,12 @@ import shutil
 from pathlib import Path
 
 from tinylm.checkpoint import (
-    MODEL_FILE,
     STEP_PREFIX,
+    is_checkpoint,
     list_checkpoints,
     other_checkpoints,
 )
-from tinylm.directory import TEMPORARY_PREFIX
+from tinylm.directory import SUMS_FILE, TEMPORARY_PREFIX
 from tinylm.errors import CheckpointError, ConfigError
 
 
@@ -52,6 +52,13 @@ class RunDirectory:
                 "run in it, or choose another --out."
             )
 
+    def unfinished(self) -> list[Path]:
+        """Return what interrupted saves left behind: checkpoints that are not whole."""
+        if not self.checkpoints.is_dir():
+            return []
+        begun = sorted(self.checkpoints.glob(f"{TEMPORARY_PREFIX}{STEP_PREFIX}*"))
+        return begun + [p for p in list_checkpoints(self.checkpoints) if not _is_whole(p)]
+
     def prepare(self) -> None:
         """Make the directory and remove what an interrupted save left behind."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -71,15 +78,16 @@ class RunDirectory:
         """Return the checkpoint to go on from, or None if none was written yet.
 
         Args:
-            resume_from: A checkpoint of this run; default: ``last``.
+            resume_from: A checkpoint of this run; default: ``last``, or the newest before it that
+                was written to the end.
 
         Raises:
             CheckpointError: The checkpoint isn't there, or belongs to another run.
         """
-        checkpoint = resume_from if resume_from is not None else self.linked("last")
+        checkpoint = resume_from if resume_from is not None else self._last_whole()
         if checkpoint is None:
             return None
-        if not (checkpoint / MODEL_FILE).is_file():
+        if not is_checkpoint(checkpoint):
             raise CheckpointError(
                 f"{checkpoint}: expected a checkpoint to resume from, found none. "
                 f"{other_checkpoints(checkpoint)} Go on from one with --resume-from."
@@ -90,6 +98,13 @@ class RunDirectory:
                 "one elsewhere."
             )
         return self.checkpoints / checkpoint.resolve().name
+
+    def _last_whole(self) -> Path | None:
+        last = self.linked("last")
+        if last is None or _is_whole(last):
+            return last
+        past = [p for p in list_checkpoints(self.checkpoints) if p.name < last.name]
+        return next((p for p in reversed(past) if _is_whole(p)), last)
 
     def commit(self, step: int, *, best_step: int | None) -> None:
         """Point ``last`` and ``best`` at checkpoints that are written, and remove old ones.
@@ -122,3 +137,8 @@ class RunDirectory:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(os.path.relpath(target, self.path))
         temporary.replace(self.path / name)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to the end: its digests come last."""
+    return (checkpoint / SUMS_FILE).is_file()

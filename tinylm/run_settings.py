@@ -34,6 +34,7 @@ MAY_CHANGE_ON_RESUME = {
         "max_steps",
         "epochs",
         "grad_accum_steps",
+        "micro_batch_size",
         "device",
         "num_threads",
         "max_bad_steps",
@@ -41,6 +42,19 @@ MAY_CHANGE_ON_RESUME = {
     "evaluation": {"eval_every", "eval_max_tokens", "sample_prompt", "sample_tokens"},
     "checkpoint": {"save_every", "keep_last"},
     "logging": {"log_every", "tensorboard"},
+    "parallel": {"mode", "replicas"},
+}
+# What a given name cancels in the layers below: the other way to say the same, or a detail of it.
+_CANCELS = {
+    "training": {
+        "max_steps": "epochs",
+        "epochs": "max_steps",
+        "batch_size": "batch_tokens",
+        "batch_tokens": "batch_size",
+        "grad_accum_steps": "micro_batch_size",
+        "micro_batch_size": "grad_accum_steps",
+    },
+    "parallel": {"mode": "replicas"},
 }
 
 
@@ -177,8 +191,7 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
         if name == "model":
             continue
         layers = [base.get(name, {}), file.get(name, {}), flags.get(name, {})]
-        if name == "training":
-            _let_later_length_win(layers)
+        _cancel_below(layers, _CANCELS.get(name, {}))
         merged = {key: value for layer in layers for key, value in layer.items()}
         for field in dataclasses.fields(owner):
             if field.default is dataclasses.MISSING and field.name not in merged:
@@ -190,13 +203,13 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
     return TrainConfig(out=str(out), **sections)
 
 
-def _let_later_length_win(layers: list[dict[str, Any]]) -> None:
-    """Make ``max_steps`` of one layer cancel ``epochs`` of those below it, and the reverse."""
+def _cancel_below(layers: list[dict[str, Any]], cancels: Mapping[str, str]) -> None:
+    """Remove from the layers below what a layer says in another way."""
     for i, layer in enumerate(layers):
-        for mine, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
-            if layer.get(mine) is not None and layer.get(other) is None:
+        for given, cancelled in cancels.items():
+            if layer.get(given) is not None and layer.get(cancelled) is None:
                 for j in range(i):
-                    layers[j] = {k: v for k, v in layers[j].items() if k != other}
+                    layers[j] = {k: v for k, v in layers[j].items() if k != cancelled}
 
 
 def _resolve_model(flags: Layer, file: Layer, saved: TrainConfig | None) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -10,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from tinylm import training_state as saved_state
-from tinylm.checkpoint import (
-    check_intact,
-    load_config,
-    read_tensors,
-    restore_weights,
-    save_model,
-)
-from tinylm.data import BatchOrder
+from tinylm.batch_plan import plan_batch
+from tinylm.data import Batch, BatchOrder
 from tinylm.device import choose_device, precision_context
-from tinylm.errors import CheckpointError, ConfigError, TrainingDivergedError
+from tinylm.distributed import connect, launched_world, whole
+from tinylm.errors import ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
     EvalResult,
     evaluate,
@@ -32,43 +27,17 @@ from tinylm.evaluate import (
     ternary_statistics,
 )
 from tinylm.model import TinyLM
-from tinylm.optim import (
-    Schedule,
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_step_hyperparameters,
-)
-from tinylm.recorder import Recorder
+from tinylm.optim import Schedule, build_optimizer, set_step_hyperparameters
+from tinylm.parallel import choose_mode, parallelize
+from tinylm.recorder import Recorder, SilentRecorder
+from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
 from tinylm.run_directory import RunDirectory
-from tinylm.run_settings import check_resumable
 from tinylm.stop_signals import StopSignals
 from tinylm.training_config import TrainConfig
 from tinylm.training_data import load_training_data
 
 SAMPLE_SEED = 0
 SAMPLE_TEMPERATURE = 0.8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimiser step.
-
-    Attributes:
-        loss: Mean over the batch's predicted tokens, in nats.
-        grad_norm: Before clipping.
-        learning_rate: Used by the update.
-        num_tokens: Predicted tokens of the batch.
-        accepted: False if loss or gradient was not finite and nothing was updated.
-        ternary: Statistics of the codes if they were asked for, else empty.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    accepted: bool
-    ternary: Mapping[str, Any]
 
 
 class Trainer:
@@ -97,29 +66,35 @@ class Trainer:
         resume_from: Path | None = None,
         console: Console | None = None,
     ) -> None:
-        self.console = console or Console()
-        self.device = choose_device(config.training.device)
+        world = launched_world()
+        self.console = console or Console(quiet=not world.is_main)
+        self.device = choose_device(
+            config.training.device, local_rank=world.local_rank, local_size=world.local_size
+        )
+        mode = choose_mode(config.parallel, world)
+        self.world = connect(world, self.device, alone=mode != "none")
         if config.training.num_threads is not None:
             torch.set_num_threads(config.training.num_threads)
+        self.plan = plan_batch(config.training, world, seq_len=config.model.max_seq_len)
         self.run = RunDirectory(Path(config.out), keep_last=config.checkpoint.keep_last)
-        resume_point = None
-        if resume:
-            resume_point = self.run.resume_point(resume_from)
-        else:
-            self.run.check_free()
+        resume_point = self.world.on_main(lambda: self._resume_point(resume, resume_from))
 
-        self.data = load_training_data(config, self.console)
+        self.data = load_training_data(config, self.console, self.world)
         self.config = config = config.replace(model=self.data.model)
         self.total_steps = self.data.count_steps(config.training)
         self.schedule = Schedule(config.schedule, self.total_steps)
         self.order = BatchOrder(
             len(self.data.train), config.training.batch_size, seed=config.training.seed
         )
-        torch.manual_seed(config.training.seed)
+        torch.manual_seed(config.training.seed)  # the same weights in every process
         self.model = TinyLM.from_config(config.model).to(self.device).train()
+        if not world.is_main:
+            saved_state.seed_process(config.training.seed, step=0, rank=world.rank)
+        self.parallel = parallelize(self.model, config.parallel, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.precision = precision_context(config.training.precision, self.device)
         self.stop = StopSignals()
+        self.stopping = False  # what all processes agreed on
         self.state = saved_state.TrainState(fingerprints=self.data.fingerprints)
         self._saved_step: int | None = None
         if resume_point is not None:
@@ -128,45 +103,55 @@ class Trainer:
             self.console.print("No checkpoint yet: the run starts from the beginning.")
         self.state.num_threads = torch.get_num_threads()
         self.state.device = self.device.type
+        self.state.num_processes = world.size
+
+    def _resume_point(self, resume: bool, resume_from: Path | None) -> Path | None:
+        """Return the checkpoint to go on from, and say what is left out on the way to it."""
+        if not resume:
+            self.run.check_free()
+            return None
+        for unfinished in self.run.unfinished():
+            text = f"Ignored {unfinished}: it was not written to the end."
+            self.console.print(text, markup=False, soft_wrap=True)
+        return self.run.resume_point(resume_from)
+
+    def _parts(self) -> RunParts:
+        return RunParts(
+            config=self.config,
+            model=self.parallel,
+            optimizer=self.optimizer,
+            tokenizer=self.data.tokenizer,
+            device=self.device,
+            world=self.world,
+        )
 
     def _restore(self, checkpoint: Path) -> None:
         """Bring back weights, optimiser, counters, data order and random state."""
-        check_intact(checkpoint, training_state=True)
-        check_resumable(
-            saved_state.load_saved_config(checkpoint / saved_state.CONFIG_FILE), self.config
+        state = self.world.on_main(
+            lambda: check_run(checkpoint, self.config, self.data.fingerprints)
         )
-        if load_config(checkpoint) != self.config.model:
-            raise CheckpointError(
-                f"{checkpoint}: config.json and the training configuration beside it differ."
-            )
-        state = saved_state.TrainState.load(checkpoint)
-        saved_state.check_same_data(state.fingerprints, self.data.fingerprints, self.config)
         if state.step > self.total_steps:
             raise ConfigError(
                 f"max_steps must be at least the {state.step} steps already done, found "
                 f"{self.total_steps}."
             )
-        restore_weights(checkpoint, self.model)
-        optimizer_file = checkpoint / saved_state.OPTIMIZER_FILE
-        load_optimizer_tensors(
-            self.model,
-            self.optimizer,
-            read_tensors(optimizer_file),
-            source=str(optimizer_file),
-        )
-        rng_file = checkpoint / saved_state.RNG_FILE
-        saved_state.restore_rng(read_tensors(rng_file), source=str(rng_file))
+        same_random = restore_run(checkpoint, self._parts(), state)
         self.order.load_state_dict(state.data_order)
         self.state = state
         self._saved_step = state.step
-        self.run.commit(state.step, best_step=state.best_step)
-        self.console.print(f"Going on from {checkpoint}, step {state.step}.", markup=False)
-        here = (torch.get_num_threads(), self.device.type)
-        if here != (state.num_threads, state.device):
+        self._commit()
+        said = f"Going on from {checkpoint}, step {state.step}."
+        self.console.print(said, markup=False, soft_wrap=True)
+        here = (torch.get_num_threads(), self.device.type, self.world.size)
+        then = (state.num_threads, state.device, state.num_processes)
+        if here != then:
             self.console.print(
-                f"Note: saved with {state.num_threads} threads on {state.device}, going on with "
-                f"{here[0]} on {here[1]}: sums may differ in their last bits."
+                f"Note: saved by {then[2]} processes with {then[0]} threads on {then[1]}, going on "
+                f"with {here[2]}, {here[0]} and {here[1]}: sums may differ in their last bits.",
+                soft_wrap=True,
             )
+        if not same_random and self.config.model.dropout > 0:
+            self.console.print("Note: with another number of processes, dropout draws anew.")
 
     # ---- the run
 
@@ -182,18 +167,26 @@ class Trainer:
             TrainingDivergedError: Too many steps in a row were not finite.
             CheckpointError: A checkpoint can't be written.
         """
-        self.run.prepare()
+        self.world.on_main(self.run.prepare)
         with self._open_recorder() as self.recorder, self.stop:
             while True:
+                self._agree_to_stop()
                 self._evaluate_if_due()
                 self._save_if_due()
-                if self.finished or self.stop.requested:
+                if self.finished or self.stopping:
                     break
                 self._count_and_record(*self._timed_step())
             self.recorder.draw_curve()
         return self._summary()
 
+    def _agree_to_stop(self) -> bool:
+        """Return whether a signal has reached any process."""
+        self.stopping = self.stopping or self.world.any(self.stop.requested)
+        return self.stopping
+
     def _open_recorder(self) -> Recorder:
+        if not self.world.is_main:
+            return SilentRecorder(self.config, total_steps=self.total_steps)
         return Recorder(
             self.run,
             self.config,
@@ -207,32 +200,37 @@ class Trainer:
             },
         )
 
-    def train_step(self, *, with_statistics: bool = False) -> StepResult:
+    def _make_parts(self, indices: npt.NDArray[np.int64]) -> list[Batch]:
+        """Return this process's share of a batch in the parts that go through the model."""
+        return [self.data.train.batch(part) for part in self.plan.parts(indices)]
+
+    def train_step(self, *, with_statistics: bool = False) -> saved_state.StepResult:
         """Do one update on the next batch.
 
-        The loss is the mean over all predicted tokens of the batch, however unequally the parts of
-        an accumulated batch share them. If it or the gradient's norm is not finite, weights and
-        moments stay untouched.
+        The loss is the mean over all predicted tokens of the batch, however unequally processes
+        and parts share them. If it or the gradient's norm is not finite, weights and moments stay
+        untouched, in all processes.
 
         Args:
             with_statistics: Whether to compare the ternary codes before and after.
         """
-        training = self.config.training
-        parts = [
-            self.data.train.batch(indices)
-            for indices in np.array_split(next(self.order), training.grad_accum_steps)
-        ]
-        num_tokens = sum(part.num_labels for part in parts)
+        parts = self._make_parts(next(self.order))
+        num_tokens = int(self.world.sum([sum(part.num_labels for part in parts)])[0])
         loss = torch.zeros((), device=self.device)
-        for part in parts:
+        for i, part in enumerate(parts):
             part = part.to(self.device)
-            with self.precision:
-                logits = self.model(part.input_ids, part.attention_mask)  # [B, S, V]
-            part_loss = sum_loss(logits, part.labels) / num_tokens
-            part_loss.backward()
+            with self.parallel.last_part(i + 1 == len(parts)):
+                with self.precision:
+                    logits = self.parallel.compute(part.input_ids, part.attention_mask)  # [B, S, V]
+                part_loss = sum_loss(logits, part.labels) / num_tokens
+                # The engines average gradients over the processes; wanted is their sum.
+                (part_loss * self.world.size).backward()
             loss += part_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.optimizer.max_grad_norm
+        loss = self.world.sum_tensor(loss)
+        norm = whole(
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.config.optimizer.max_grad_norm
+            )
         )
         # The one synchronisation of a step on a GPU.
         loss_value, norm_value = torch.stack((loss, norm)).tolist()
@@ -244,11 +242,13 @@ class Trainer:
         if accepted and with_statistics:
             before = ternary_codes(self.model)
             self.optimizer.step()
-            statistics = ternary_statistics(ternary_codes(self.model), before)
+            after = ternary_codes(self.model)
+            owners = self.world if self.parallel.is_sharded else None
+            statistics = ternary_statistics(after, before, world=owners)
         elif accepted:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(
+        return saved_state.StepResult(
             loss=loss_value,
             grad_norm=norm_value,
             learning_rate=rate,
@@ -257,13 +257,13 @@ class Trainer:
             ternary=statistics,
         )
 
-    def _timed_step(self) -> tuple[StepResult, float]:
+    def _timed_step(self) -> tuple[saved_state.StepResult, float]:
         """Do a step and take its time in seconds."""
         started = time.perf_counter()
         result = self.train_step(with_statistics=self.recorder.is_logged(self.state.step + 1))
         return result, time.perf_counter() - started
 
-    def _count_and_record(self, result: StepResult, seconds: float) -> None:
+    def _count_and_record(self, result: saved_state.StepResult, seconds: float) -> None:
         """Count a step that was done, and stop the run if it diverged."""
         state = self.state
         state.data_order = self.order.state_dict()
@@ -293,7 +293,7 @@ class Trainer:
             }
         )
 
-    def _diverged(self, result: StepResult) -> TrainingDivergedError:
+    def _diverged(self, result: saved_state.StepResult) -> TrainingDivergedError:
         last = self.run.linked("last")
         saved = "no checkpoint was written yet" if last is None else f"the last good one is {last}"
         return TrainingDivergedError(
@@ -308,7 +308,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         state = self.state
         due = self.finished or state.step % self.config.evaluation.eval_every == 0
-        if not due or state.last_eval_step == state.step or self.stop.requested:
+        if not due or state.last_eval_step == state.step or self.stopping:
             return
         result = self.evaluate()
         if result is None:
@@ -322,18 +322,20 @@ class Trainer:
         self.recorder.evaluation(state.step, result)
         if self.config.evaluation.sample_tokens:
             prompt = self.config.evaluation.sample_prompt
-            self.recorder.sample(state.step, prompt, self.sample_text())
+            # Whole models are the same everywhere: one process is enough.
+            if self.parallel.is_sharded or self.world.is_main:
+                self.recorder.sample(state.step, prompt, self.sample_text())
 
     def evaluate(self) -> EvalResult | None:
         """Measure the model on the held-out text; None if a signal asked to stop meanwhile."""
-        training = self.config.training
         return evaluate(
             self.model,
             self.data.val,
-            batch_size=-(-training.batch_size // training.grad_accum_steps),
+            batch_size=self.plan.part_size,
             max_tokens=self.config.evaluation.eval_max_tokens,
             precision=self.precision,
-            should_stop=lambda: self.stop.requested,
+            should_stop=self._agree_to_stop,
+            world=self.world,
         )
 
     def sample_text(self) -> str:
@@ -354,31 +356,22 @@ class Trainer:
         state = self.state
         due = (
             self.finished
-            or self.stop.requested
+            or self.stopping
             or state.step % self.config.checkpoint.save_every == 0
             or state.step == state.best_step
         )
         if state.step == 0 or not due:
             return
         if self._saved_step != state.step:
-            self._save()
-        self.run.commit(state.step, best_step=state.best_step)
+            self.recorder.sync()
+            save_run(self.run.checkpoint(state.step), self._parts(), state)
+            self._saved_step = state.step
+        self._commit()
 
-    def _save(self) -> None:
-        """Write a checkpoint of this moment."""
-        self.recorder.sync()
-        save_model(
-            self.run.checkpoint(self.state.step),
-            self.model,
-            tokenizer=self.data.tokenizer,
-            extra_files={
-                saved_state.STATE_FILE: self.state.to_dict(),
-                saved_state.CONFIG_FILE: self.config.to_dict(),
-                saved_state.OPTIMIZER_FILE: optimizer_tensors(self.model, self.optimizer),
-                saved_state.RNG_FILE: saved_state.rng_tensors(),
-            },
-        )
-        self._saved_step = self.state.step
+    def _commit(self) -> None:
+        """Let the links lead to what is written now."""
+        state = self.state
+        self.world.on_main(lambda: self.run.commit(state.step, best_step=state.best_step))
 
     def _summary(self) -> saved_state.TrainSummary:
         links = {name: self.run.linked(name) for name in ("last", "best")}

@@ -16,6 +16,8 @@ from tinylm.tokenizer import DEFAULT_TOKENIZER
 
 SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
+PARALLEL_MODES = ("ddp", "fsdp", "hsdp")
+DEFAULT_BATCH_SIZE = 16
 DEFAULT_PRESET = "tinylm-300m"
 
 
@@ -170,9 +172,18 @@ class LoopConfig:
 
     max_steps: int | None = setting(None, help="Optimiser steps. Default: one epoch.")
     epochs: float | None = setting(None, help="Passes over the training text, instead of steps.")
-    batch_size: int = setting(16, help="Sequences an optimiser step.")
+    batch_size: int = setting(
+        None,
+        help=f"Sequences an optimiser step, over all processes. Default: {DEFAULT_BATCH_SIZE}.",
+    )
+    batch_tokens: int | None = setting(
+        None, help="The same in tokens: a multiple of the model's max_seq_len."
+    )
     grad_accum_steps: int = setting(
-        1, help="Parts in which a batch goes through the model, to save memory."
+        1, help="Parts in which a process's share of a batch goes through the model."
+    )
+    micro_batch_size: int | None = setting(
+        None, help="Sequences in such a part, instead of the number of parts."
     )
     seed: int = setting(0, help="Seed of weights, data order and dropout.")
     precision: str = setting(
@@ -189,18 +200,32 @@ class LoopConfig:
             raise ConfigError(
                 f"give max_steps or epochs, not both; found {self.max_steps} and {self.epochs}."
             )
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ConfigError(
+                "give batch_size or batch_tokens, not both; found "
+                f"{self.batch_size} and {self.batch_tokens}."
+            )
+        if self.batch_size is None and self.batch_tokens is None:
+            object.__setattr__(self, "batch_size", DEFAULT_BATCH_SIZE)
+        if self.micro_batch_size is not None and self.grad_accum_steps != 1:
+            raise ConfigError(
+                "give grad_accum_steps or micro_batch_size, not both; found "
+                f"{self.grad_accum_steps} and {self.micro_batch_size}."
+            )
         _positive(
             self,
             "max_steps",
             "epochs",
             "batch_size",
+            "batch_tokens",
             "grad_accum_steps",
+            "micro_batch_size",
             "num_threads",
             "max_bad_steps",
         )
         _positive(self, "seed", zero=True)
         _one_of(self, "precision", PRECISIONS)
-        if self.grad_accum_steps > self.batch_size:
+        if self.batch_size is not None and self.grad_accum_steps > self.batch_size:
             raise ConfigError(
                 f"grad_accum_steps must be at most batch_size {self.batch_size}: the batch is "
                 f"divided into that many parts; found {self.grad_accum_steps}."
@@ -258,6 +283,33 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several processes share the work.
+
+    Raises:
+        ConfigError: Unknown mode, or a number that belongs to another one.
+    """
+
+    mode: str | None = setting(
+        None,
+        help="ddp: every process holds the whole model. fsdp: each holds a part of every weight. "
+        "hsdp: parts within a group of processes, copies across groups. Default: ddp.",
+        choices=PARALLEL_MODES,
+        flag="parallel",
+    )
+    replicas: int | None = setting(
+        None, help="hsdp: groups that hold a whole model each. Default: one a machine."
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            _one_of(self, "mode", PARALLEL_MODES)
+        _positive(self, "replicas")
+        if self.replicas is not None and self.mode != "hsdp":
+            raise ConfigError(f"replicas belongs to --parallel hsdp, found parallel {self.mode!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that a training run is made from.
 
@@ -271,6 +323,10 @@ class TrainConfig:
         evaluation: Measurements on held-out text.
         checkpoint: Saving.
         logging: Records.
+        parallel: Processes.
+
+    Raises:
+        ConfigError: ``training.batch_tokens`` is no number of whole sequences.
     """
 
     out: str
@@ -282,6 +338,23 @@ class TrainConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LogConfig = dataclasses.field(default_factory=LogConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        tokens, length = self.training.batch_tokens, self.model.max_seq_len
+        if tokens is None:
+            return
+        if tokens % length:
+            below = tokens // length * length
+            raise ConfigError(
+                f"batch_tokens must be a multiple of max_seq_len {length}, found {tokens}; near "
+                f"are {below or length} and {below + length}."
+            )
+        # From here on there is one size, so that runs started in either way can be compared.
+        training = dataclasses.replace(
+            self.training, batch_size=tokens // length, batch_tokens=None
+        )
+        object.__setattr__(self, "training", training)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of ``training_config.json``, which ``--config`` accepts."""
@@ -304,4 +377,5 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "logging": LogConfig,
+    "parallel": ParallelConfig,
 }

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tinylm.config import ModelConfig
 from tinylm.data import PackedSequences, PaddedSequences, TokenizedCorpus, load_corpus
+from tinylm.distributed import World
 from tinylm.errors import ConfigError
 from tinylm.tokenizer import load_tokenizer
 from tinylm.training_config import DataConfig, LoopConfig, TrainConfig
@@ -48,8 +49,15 @@ class TrainingData:
         return max(1, math.ceil(epochs * len(self.train) / training.batch_size))
 
 
-def load_training_data(config: TrainConfig, console: Console) -> TrainingData:
+def load_training_data(
+    config: TrainConfig, console: Console, world: World | None = None
+) -> TrainingData:
     """Load tokenizer and text, and say what was found.
+
+    Args:
+        config: The run.
+        console: Where to say it.
+        world: The processes; one on each machine makes what the others then find in the cache.
 
     Raises:
         TokenizerError: The tokenizer can't be loaded, or has more ids than the vocabulary.
@@ -57,8 +65,9 @@ def load_training_data(config: TrainConfig, console: Console) -> TrainingData:
         ConfigError: The sample prompt fills the context.
     """
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
-    train_corpus = _load(config.data.train_file, config.data, tokenizer, console)
-    val_corpus = _load(config.data.val_file, config.data, tokenizer, console)
+    with (world or World()).local_main_first():
+        train_corpus = _load(config.data.train_file, config.data, tokenizer, console)
+        val_corpus = _load(config.data.val_file, config.data, tokenizer, console)
     kind = PackedSequences if config.data.packing else PaddedSequences
     length = config.model.max_seq_len
     return TrainingData(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class TrainState:
         fingerprints: Of the data, see :func:`fingerprint`.
         num_threads: CPU threads; another number may change the last bits of a sum.
         device: Kind of device.
+        num_processes: Processes of the run; another number changes the order of sums.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class TrainState:
     fingerprints: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     num_threads: int = 0
     device: str = ""
+    num_processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of ``state.json``."""
@@ -77,6 +79,27 @@ class TrainState:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise CheckpointError(f"{path}: expected {sorted(expected)}, found {found}.")
         return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimiser step.
+
+    Attributes:
+        loss: Mean over the batch's predicted tokens, in nats.
+        grad_norm: Before clipping.
+        learning_rate: Used by the update.
+        num_tokens: Predicted tokens of the batch.
+        accepted: False if loss or gradient was not finite and nothing was updated.
+        ternary: Statistics of the codes if they were asked for, else empty.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    accepted: bool
+    ternary: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +145,8 @@ def load_saved_config(path: Path) -> TrainConfig:
     """
     try:
         layer = check_layer(read_json(path), source=str(path))
-        parts = {name: owner(**layer[name]) for name, owner in SECTIONS.items()}
+        # A run of an older version lacks the sections that are all defaults.
+        parts = {name: owner(**layer.get(name, {})) for name, owner in SECTIONS.items()}
         return TrainConfig(out=layer["out"], **parts)
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a run's configuration: {error}") from error
@@ -183,27 +207,52 @@ def check_same_data(
             )
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """Return PyTorch's random states, uint8: ``cpu`` and one for each GPU."""
+def seed_process(seed: int, *, step: int, rank: int) -> None:
+    """Begin a stream of random numbers that no other step or process has."""
+    stream = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(stream[0]))
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Return this process's random states, uint8: ``cpu``, and ``cuda`` where it uses a GPU."""
     tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for i, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{i}"] = state
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
-def restore_rng(tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Put back what :func:`rng_tensors` gave; states of GPUs that aren't there are left out.
+def join_rng(processes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name the random states of all processes, such as ``process0.cpu``."""
+    return {
+        f"process{rank}.{kind}": state
+        for rank, states in enumerate(processes)
+        for kind, state in states.items()
+    }
+
+
+def restore_rng(
+    tensors: Mapping[str, Tensor], device: torch.device, *, rank: int, source: str
+) -> None:
+    """Put back what :func:`rng_tensors` gave; a state of another kind of device is left out.
+
+    Args:
+        tensors: From :func:`join_rng`.
+        device: Of this process.
+        rank: Number of this process.
+        source: File that they came from, for messages.
 
     Raises:
         CheckpointError: A state is missing or not one.
     """
-    if "cpu" not in tensors:
-        raise CheckpointError(f"{source}: expected the random state 'cpu', found none.")
+    cpu = tensors.get(f"process{rank}.cpu")
+    if cpu is None:
+        raise CheckpointError(
+            f"{source}: expected the random state 'process{rank}.cpu', found none."
+        )
     try:
-        torch.set_rng_state(tensors["cpu"].clone())
-        for i in range(torch.cuda.device_count()):
-            if f"cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{i}"].clone(), i)
+        torch.set_rng_state(cpu.clone())
+        cuda = tensors.get(f"process{rank}.cuda")
+        if cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.clone(), device)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{source}: not a random state ({error}).") from error
