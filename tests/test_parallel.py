@@ -57,7 +57,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
             got = torch.tensor([r[field] for r in ours])
             want = torch.tensor([r[field] for r in theirs])
             if kind == "train" and field == "loss":
-                FIRST_STEPS.assert_close(got[:4], want[:4])
+                FIRST_STEPS.assert_close(got[:2], want[:2])
                 SHORT_RUN.assert_close(got, want)
             else:
                 SHORT_RUN.assert_close(got, want)
