@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from tinylm.data import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from tinylm.data import PackedSequences, PaddedSequences
@@ -47,24 +44,6 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         """Return an object that JSON can hold."""
         return dataclasses.asdict(self)
-
-
-def sum_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Add up the cross entropy over the labels that count.
-
-    Args:
-        logits: [B, S, V], any floating dtype; the loss is computed in float32.
-        labels: int64 [B, S], the next token at each position; -100 is ignored.
-
-    Returns:
-        float32 scalar, in nats.
-    """
-    return F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
-    )
 
 
 @torch.no_grad()
@@ -108,8 +87,8 @@ def evaluate(
             count += batch.num_labels
             batch = batch.to(device)
             with precision or contextlib.nullcontext():
-                logits = model(batch.input_ids, batch.attention_mask)  # [B, S, V]
-            total += float(sum_loss(logits, batch.labels))
+                loss = model(batch.input_ids, batch.attention_mask, labels=batch.labels)
+            total += float(loss)
             if progress is not None:
                 progress(start + len(indices), len(chosen))
     finally:
@@ -157,10 +136,12 @@ def ternary_statistics(
 
     Returns:
         ``fraction_minus``, ``fraction_zero``, ``fraction_plus``; ``zero_by_kind`` by the last part
-        of the module path, such as ``q_proj``; and ``flip_rate``.
+        of the module path, such as ``q_proj``; and ``flip_rate``. Nothing for a dense model.
     """
     minus = zero = total = flipped = 0
     by_kind: dict[str, list[int]] = {}
+    if not codes:
+        return {}
     for name, layer_codes in codes.items():
         size, zeros = layer_codes.numel(), layer_codes.numel() - int(layer_codes.count_nonzero())
         total, zero = total + size, zero + zeros

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -21,13 +22,12 @@ from tinylm.checkpoint import (
     restore_weights,
     save_model,
 )
-from tinylm.data import BatchOrder
+from tinylm.data import Batch, BatchOrder
 from tinylm.device import choose_device, precision_context
 from tinylm.errors import CheckpointError, ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
     EvalResult,
     evaluate,
-    sum_loss,
     ternary_codes,
     ternary_statistics,
 )
@@ -39,10 +39,13 @@ from tinylm.optim import (
     optimizer_tensors,
     set_step_hyperparameters,
 )
+from tinylm.performance import apply_performance, without_compilation
+from tinylm.prefetch import BatchQueue
 from tinylm.recorder import Recorder
 from tinylm.run_directory import RunDirectory
 from tinylm.run_settings import check_resumable
 from tinylm.stop_signals import StopSignals
+from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
 from tinylm.training_data import load_training_data
 
@@ -117,6 +120,18 @@ class Trainer:
         )
         torch.manual_seed(config.training.seed)
         self.model = TinyLM.from_config(config.model).to(self.device).train()
+        apply_performance(
+            self.model,
+            config.performance,
+            self.device,
+            precision=config.training.precision,
+        )
+        self.batches = BatchQueue(
+            self.order,
+            self._make_parts,
+            depth=config.performance.prefetch,
+            pin=self.device.type == "cuda",
+        )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.precision = precision_context(config.training.precision, self.device)
         self.stop = StopSignals()
@@ -156,7 +171,7 @@ class Trainer:
         )
         rng_file = checkpoint / saved_state.RNG_FILE
         saved_state.restore_rng(read_tensors(rng_file), source=str(rng_file))
-        self.order.load_state_dict(state.data_order)
+        self.batches.load_state_dict(state.data_order)
         self.state = state
         self._saved_step = state.step
         self.run.commit(state.step, best_step=state.best_step)
@@ -205,7 +220,15 @@ class Trainer:
                 "num_parameters": self.model.num_parameters(),
                 "total_steps": self.total_steps,
             },
+            throughput=Throughput.of(
+                self.model, self.device, peak_tflops=self.config.performance.peak_tflops
+            ),
         )
+
+    def _make_parts(self, indices: npt.NDArray[np.int64]) -> list[Batch]:
+        """Return a batch in the parts in which it goes through the model."""
+        parts = np.array_split(indices, self.config.training.grad_accum_steps)
+        return [self.data.train.batch(part) for part in parts]
 
     def train_step(self, *, with_statistics: bool = False) -> StepResult:
         """Do one update on the next batch.
@@ -217,18 +240,14 @@ class Trainer:
         Args:
             with_statistics: Whether to compare the ternary codes before and after.
         """
-        training = self.config.training
-        parts = [
-            self.data.train.batch(indices)
-            for indices in np.array_split(next(self.order), training.grad_accum_steps)
-        ]
+        parts = next(self.batches)
         num_tokens = sum(part.num_labels for part in parts)
         loss = torch.zeros((), device=self.device)
         for part in parts:
             part = part.to(self.device)
             with self.precision:
-                logits = self.model(part.input_ids, part.attention_mask)  # [B, S, V]
-            part_loss = sum_loss(logits, part.labels) / num_tokens
+                total = self.model(part.input_ids, part.attention_mask, labels=part.labels)
+            part_loss = total / num_tokens
             part_loss.backward()
             loss += part_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -266,7 +285,7 @@ class Trainer:
     def _count_and_record(self, result: StepResult, seconds: float) -> None:
         """Count a step that was done, and stop the run if it diverged."""
         state = self.state
-        state.data_order = self.order.state_dict()
+        state.data_order = self.batches.state_dict()
         self.recorder.time_step(seconds, result.num_tokens)
         if not result.accepted:
             state.rejected_steps += 1
@@ -327,20 +346,21 @@ class Trainer:
     def evaluate(self) -> EvalResult | None:
         """Measure the model on the held-out text; None if a signal asked to stop meanwhile."""
         training = self.config.training
-        return evaluate(
-            self.model,
-            self.data.val,
-            batch_size=-(-training.batch_size // training.grad_accum_steps),
-            max_tokens=self.config.evaluation.eval_max_tokens,
-            precision=self.precision,
-            should_stop=lambda: self.stop.requested,
-        )
+        with without_compilation():
+            return evaluate(
+                self.model,
+                self.data.val,
+                batch_size=-(-training.batch_size // training.grad_accum_steps),
+                max_tokens=self.config.evaluation.eval_max_tokens,
+                precision=self.precision,
+                should_stop=lambda: self.stop.requested,
+            )
 
     def sample_text(self) -> str:
         """Continue the sample prompt, with a fixed seed that leaves the run's own alone."""
         ids = torch.tensor([self.data.sample_ids], device=self.device)  # [1, S]
         generator = torch.Generator(self.device).manual_seed(SAMPLE_SEED)
-        with self.precision:
+        with self.precision, without_compilation():
             out = self.model.generate(
                 ids,
                 max_new_tokens=self.config.evaluation.sample_tokens,

@@ -16,6 +16,8 @@ from tinylm.tokenizer import DEFAULT_TOKENIZER
 
 SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
+QUANTIZERS = ("auto", "torch", "triton")
+DEFAULT_LOSS_CHUNK = 4096
 DEFAULT_PRESET = "tinylm-300m"
 
 
@@ -208,6 +210,39 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PerformanceConfig:
+    """What makes a step faster or smaller; only the last bits of sums depend on it.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    compile: bool = setting(
+        False, help="Compile layers and loss with torch.compile: a minute at first, then faster."
+    )
+    quantizers: str = setting(
+        "auto",
+        help="BitLinear's quantisers where nothing is compiled. auto: triton on a GPU.",
+        choices=QUANTIZERS,
+    )
+    activation_checkpointing: bool = setting(
+        False, help="Compute each layer's forward pass again in the backward one: less memory."
+    )
+    loss_chunk: int = setting(
+        DEFAULT_LOSS_CHUNK, help="Tokens whose logits are in memory at a time."
+    )
+    prefetch: int = setting(2, help="Batches read ahead in the background; 0: none.")
+    peak_tflops: float | None = setting(
+        None, help="Dense bf16 peak for MFU. Default: from a table of devices."
+    )
+
+    def __post_init__(self) -> None:
+        _one_of(self, "quantizers", QUANTIZERS)
+        _positive(self, "loss_chunk", "peak_tflops")
+        _positive(self, "prefetch", zero=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured on the held-out text during training.
 
@@ -268,6 +303,7 @@ class TrainConfig:
         optimizer: AdamW.
         schedule: Learning rate.
         training: Length, batch, device.
+        performance: Speed and memory.
         evaluation: Measurements on held-out text.
         checkpoint: Saving.
         logging: Records.
@@ -279,6 +315,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    performance: PerformanceConfig = dataclasses.field(default_factory=PerformanceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -301,6 +338,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "training": LoopConfig,
+    "performance": PerformanceConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "logging": LogConfig,

@@ -122,7 +122,8 @@ def load_saved_config(path: Path) -> TrainConfig:
     """
     try:
         layer = check_layer(read_json(path), source=str(path))
-        parts = {name: owner(**layer[name]) for name, owner in SECTIONS.items()}
+        # A run of an older version lacks the sections that are all defaults.
+        parts = {name: owner(**layer.get(name, {})) for name, owner in SECTIONS.items()}
         return TrainConfig(out=layer["out"], **parts)
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a run's configuration: {error}") from error
