@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinylm import cli_train
+from tinylm import cli_data, cli_train
 from tinylm.cli_shared import (
     Json,
     MaxNewTokens,
@@ -40,8 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
-data_app = typer.Typer(help="Make training text.", no_args_is_help=True)
+data_app = typer.Typer(help="Make training text and tokens.", no_args_is_help=True)
 cli_train.register(app)
+cli_data.register(data_app)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 

@@ -29,7 +29,7 @@ _DERIVED = {
 # What may change when a run goes on. Data and tokenizer are compared by content instead of name;
 # a new length stretches or shrinks the rest of the schedule.
 MAY_CHANGE_ON_RESUME = {
-    "data": {"train_file", "val_file", "tokenizer", "num_proc"},
+    "data": {"directory", "verify", "train_file", "val_file", "tokenizer", "num_proc"},
     "training": {
         "max_steps",
         "epochs",
@@ -187,6 +187,8 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
         layers = [base.get(name, {}), file.get(name, {}), flags.get(name, {})]
         if name == "training":
             _let_later_length_win(layers)
+        if name == "data":
+            _let_later_source_win(layers)
         merged = {key: value for layer in layers for key, value in layer.items()}
         for field in dataclasses.fields(owner):
             if field.default is dataclasses.MISSING and field.name not in merged:
@@ -205,6 +207,19 @@ def _let_later_length_win(layers: list[dict[str, Any]]) -> None:
             if layer.get(mine) is not None and layer.get(other) is None:
                 for j in range(i):
                     layers[j] = {k: v for k, v in layers[j].items() if k != other}
+
+
+def _let_later_source_win(layers: list[dict[str, Any]]) -> None:
+    """Make ``directory`` of one layer cancel the files of those below it, and the reverse."""
+    files = {"train_file", "val_file"}
+    for i, layer in enumerate(layers):
+        cancelled: set[str] = set()
+        if layer.get("directory") is not None:
+            cancelled |= files | {"tokenizer"}  # the folder has its own
+        if any(layer.get(name) is not None for name in files):
+            cancelled.add("directory")
+        for j in range(i):
+            layers[j] = {k: v for k, v in layers[j].items() if k not in cancelled}
 
 
 def _resolve_model(flags: Layer, file: Layer, saved: TrainConfig | None) -> ModelConfig:

@@ -8,6 +8,7 @@ puts the layers (defaults, file, flags) together.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from tinylm.config import ModelConfig
@@ -18,6 +19,7 @@ SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
 QUANTIZERS = ("auto", "torch", "triton")
 DEFAULT_LOSS_CHUNK = 4096
+PREPARED_TOKENIZER = "tokenizer"  # folder of the tokenizer in prepared data
 DEFAULT_PRESET = "tinylm-300m"
 
 
@@ -60,12 +62,24 @@ class DataConfig:
     """Text and tokenizer.
 
     Raises:
-        ConfigError: A file is not named or a count is out of range.
+        ConfigError: A file is not named, two sources are, or a count is out of range.
     """
 
-    train_file: str = setting(help='Training text: JSON lines {"text": ...}, plain or .gz.')
-    val_file: str = setting(help="Held-out text in the same form.")
-    tokenizer: str = setting(DEFAULT_TOKENIZER, help="Directory, file or Hugging Face hub id.")
+    directory: str | None = setting(
+        None, help="Folder from tinylm data prepare, instead of the two files.", flag="data"
+    )
+    verify: bool = setting(
+        True, help="Compare the folder's files with their digests first.", flag="verify_data"
+    )
+    train_file: str | None = setting(
+        None, help='Training text: JSON lines {"text": ...}, plain or .gz.'
+    )
+    val_file: str | None = setting(None, help="Held-out text in the same form.")
+    tokenizer: str = setting(
+        None,
+        help=f"Directory, file or Hugging Face hub id. Default: {DEFAULT_TOKENIZER}; with --data "
+        "the folder's.",
+    )
     packing: bool = setting(
         True, help="Fill every sequence with consecutive documents, or pad one document a row."
     )
@@ -75,9 +89,24 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_file", "val_file", "tokenizer"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must be given: pass --{name.replace('_', '-')}.")
+        for name in ("train_file", "val_file"):
+            if self.directory and getattr(self, name):
+                raise ConfigError(
+                    f"give --data or --train-file and --val-file, not both; found data "
+                    f"{self.directory!r} and {name} {getattr(self, name)!r}."
+                )
+            if not self.directory and not getattr(self, name):
+                raise ConfigError(
+                    f"{name} must be given: pass --{name.replace('_', '-')}, or --data with a "
+                    "folder from tinylm data prepare."
+                )
+        if self.tokenizer is None:
+            own = DEFAULT_TOKENIZER
+            if self.directory:
+                own = str(Path(self.directory) / PREPARED_TOKENIZER)
+            object.__setattr__(self, "tokenizer", own)
+        if not self.tokenizer:
+            raise ConfigError("tokenizer must be given: pass --tokenizer.")
         _positive(self, "num_proc")
 
 
