@@ -343,7 +343,7 @@ class TinyLM(nn.Module):
         return self.eval()
 
     def set_attention_backend(self, name: str) -> None:
-        """Choose the attention back end: auto, flash, sdpa or plain.
+        """Choose the attention back end: auto, flash, cudnn, sdpa or plain.
 
         Raises:
             ConfigError: No back end has that name.

@@ -6,6 +6,7 @@ None of them changes what is computed, except for the last bits of sums.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -37,24 +38,33 @@ def apply_performance(
     model.loss_chunk = config.loss_chunk
     model.recompute_layers = config.activation_checkpointing
     model.compiled_loss = config.compile
+    model.set_attention_backend(config.attention)
+    if config.deterministic:
+        # cuBLAS reads it when its first handle is made, so not too late here.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
     quantizers = choose_quantizers(config.quantizers, device)
     for linear in model.bit_linears().values():
         linear.quantizers = quantizers
     if config.compile:
-        _settle_attention(model, device, precision)
+        _settle_attention(model, config.attention, device, precision)
         for layer in model.layers:
             layer.compile()
 
 
-def _settle_attention(model: TinyLM, device: torch.device, precision: str) -> None:
+def _settle_attention(model: TinyLM, name: str, device: torch.device, precision: str) -> None:
     """Let back ends that are not there fail, and warn, now and not inside a compilation."""
     shape = model.config.attention_shape
     with precision_context(precision, device):
         enabled = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if enabled else torch.float32
-    q = torch.zeros(1, 1, shape.num_heads, shape.qk_dim, dtype=dtype, device=device)
-    v = torch.zeros(1, 1, shape.num_heads, shape.value_dim, dtype=dtype, device=device)
-    DEFAULT_CHAIN.attend(q, q, v, scale=shape.softmax_scale)
+    length = model.config.max_seq_len
+    q, k, v = (
+        torch.zeros(1, length, shape.num_heads, width, dtype=dtype, device=device)
+        for width in (shape.qk_dim, shape.qk_dim, shape.value_dim)
+    )
+    q.requires_grad_()  # a kernel without a backward pass is of no use
+    DEFAULT_CHAIN.attend(q, k, v, scale=shape.softmax_scale, first=name).sum().backward()
 
 
 def without_compilation() -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """Puts a training configuration together: flags win over the file, the file over the defaults.
 
-A layer is ``{section: {field: value}}`` with the top-level names ``out`` and ``preset`` beside the
-sections. A resumed run has one more layer at the bottom: the configuration that it was saved with.
+A layer is ``{section: {field: value}}`` with the top-level names ``out``, ``preset`` and ``recipe``
+beside the sections. Above the defaults stand the settings of a recipe; a resumed run has one more
+layer below those, the configuration that it was saved with.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 from tinylm.config import FORMAT_VERSION, MODEL_TYPE, ModelConfig, preset
 from tinylm.errors import ConfigError
-from tinylm.training_config import DEFAULT_PRESET, SECTIONS, TrainConfig
+from tinylm.training_config import DEFAULT_PRESET, RECIPES, SECTIONS, TrainConfig
 
 Layer = dict[str, Any]
-_TOP_LEVEL = ("out", "preset")
+_TOP_LEVEL = ("out", "preset", "recipe")
 # Sizes that follow from others unless they are given: overriding the key resets the values.
 _DERIVED = {
     "hidden_size": ("intermediate_size", "latent_rank", "nope_dim", "rope_dim", "value_dim"),
@@ -41,6 +42,8 @@ MAY_CHANGE_ON_RESUME = {
     "performance": {
         "compile",
         "quantizers",
+        "attention",
+        "deterministic",
         "activation_checkpointing",
         "loss_chunk",
         "prefetch",
@@ -180,11 +183,17 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
     out = flags.get("out") or file.get("out") or base.get("out")
     if not out:
         raise ConfigError("out must be given: pass --out DIR.")
+    recipe = _recipe(flags.get("recipe") or file.get("recipe"))
     sections: dict[str, Any] = {"model": _resolve_model(flags, file, saved)}
     for name, owner in SECTIONS.items():
         if name == "model":
             continue
-        layers = [base.get(name, {}), file.get(name, {}), flags.get(name, {})]
+        layers = [
+            base.get(name, {}),
+            dict(recipe.get(name, {})),
+            file.get(name, {}),
+            flags.get(name, {}),
+        ]
         if name == "training":
             _let_later_length_win(layers)
         if name == "data":
@@ -198,6 +207,15 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
                 )
         sections[name] = owner(**merged)
     return TrainConfig(out=str(out), **sections)
+
+
+def _recipe(name: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return the settings that a recipe's name stands for."""
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, found {name!r}.")
+    return RECIPES[name]
 
 
 def _let_later_length_win(layers: list[dict[str, Any]]) -> None:

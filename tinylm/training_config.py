@@ -18,9 +18,20 @@ from tinylm.tokenizer import DEFAULT_TOKENIZER
 SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
 QUANTIZERS = ("auto", "torch", "triton")
+ATTENTION = ("auto", "flash", "cudnn", "sdpa", "plain")
 DEFAULT_LOSS_CHUNK = 4096
 PREPARED_TOKENIZER = "tokenizer"  # folder of the tokenizer in prepared data
 DEFAULT_PRESET = "tinylm-300m"
+# Settings by section that a name stands for; a config file and flags win over them.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    # microsoft/unilm, The Era of 1-bit LLMs: Training Tips, Code and FAQ, table of the 700M model.
+    # The schedule's own defaults follow it too: 1.5e-3, from half way 1e-3 and no weight decay.
+    "two-stage": {
+        "schedule": {"kind": "two-stage", "warmup_steps": 375},
+        "optimizer": {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
+    },
+}
 
 
 def setting(
@@ -254,6 +265,14 @@ class PerformanceConfig:
         help="BitLinear's quantisers where nothing is compiled. auto: triton on a GPU.",
         choices=QUANTIZERS,
     )
+    attention: str = setting(
+        "auto",
+        help="auto: flash-attn if installed, else PyTorch's. cudnn: cuDNN's by way of PyTorch.",
+        choices=ATTENTION,
+    )
+    deterministic: bool = setting(
+        False, help="Only kernels that give the same bits each time: exact resume on a GPU, slower."
+    )
     activation_checkpointing: bool = setting(
         False, help="Compute each layer's forward pass again in the backward one: less memory."
     )
@@ -267,6 +286,7 @@ class PerformanceConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, "quantizers", QUANTIZERS)
+        _one_of(self, "attention", ATTENTION)
         _positive(self, "loss_chunk", "peak_tflops")
         _positive(self, "prefetch", zero=True)
 
