@@ -274,10 +274,7 @@ def _held_out_tokens(
     if file is None:
         file = _validation_source(checkpoint or directory / info.checkpoint)
     tokenizer = load_tokenizer(directory)
-    if file.is_dir():
-        corpus = open_prepared(file, tokenizer).val
-    else:
-        corpus = load_corpus(file, tokenizer)
+    corpus = open_prepared(file, tokenizer).val if file.is_dir() else load_corpus(file, tokenizer)
     tokens = torch.from_numpy(corpus.tokens[:].astype("int64"))
     return tokens, {"file": str(file), "num_tokens_in_file": corpus.num_tokens}
 

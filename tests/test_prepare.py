@@ -20,6 +20,7 @@ from tinylm.errors import CheckpointError, ConfigError, DataError, TokenizerErro
 from tinylm.prepare import document_hash, prepare
 from tinylm.shards import ShardedTokens, open_prepared
 from tinylm.tokenizer import load_tokenizer, train_tokenizer
+from tinylm_export.cli import _validation_source
 
 
 def tokenizer() -> Any:
@@ -154,6 +155,10 @@ def test_moved_folder_goes_on_and_another_source_is_refused(tmp_path: Path, prep
         main([*command, "--data", str(there)])
     assert exit_.value.code == 0
     assert losses(out)[-1][0] == 9
+    # What parity reads when no file is named, with the checkpoint's own tokenizer.
+    assert _validation_source(out) == there
+    own = load_tokenizer(out / "last", vocab_size=512)
+    assert open_prepared(_validation_source(out), own).val.num_docs == 8
     with pytest.raises(CheckpointError, match="started with --data, found --train-file"):
         trainer(
             out,
