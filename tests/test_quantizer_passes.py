@@ -17,7 +17,7 @@ from tinylm.errors import ConfigError
 from tinylm.quantizer_passes import TORCH_PASSES, choose_quantizers, passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytest.importorskip("triton", reason="NOT TESTED: triton is not installed", exc_type=ImportError)
+pytest.importorskip("triton", reason="NOT TESTED: triton is not installed")
 
 
 def weights(device: str) -> list[Tensor]:
