@@ -264,6 +264,7 @@ def _held_out_tokens(
     import torch
 
     from tinylm.data import load_corpus
+    from tinylm.shards import open_prepared
     from tinylm.tokenizer import load_tokenizer
     from tinylm_export.ort_session import import_onnxruntime
     from tinylm_export.to_onnx import ExportInfo
@@ -271,14 +272,15 @@ def _held_out_tokens(
     import_onnxruntime()
     info = ExportInfo.load(directory)
     if file is None:
-        file = _validation_file(checkpoint or directory / info.checkpoint)
-    corpus = load_corpus(file, load_tokenizer(directory))
-    tokens = torch.from_numpy(corpus.tokens.astype("int64"))
+        file = _validation_source(checkpoint or directory / info.checkpoint)
+    tokenizer = load_tokenizer(directory)
+    corpus = open_prepared(file, tokenizer).val if file.is_dir() else load_corpus(file, tokenizer)
+    tokens = torch.from_numpy(corpus.tokens[:].astype("int64"))
     return tokens, {"file": str(file), "num_tokens_in_file": corpus.num_tokens}
 
 
-def _validation_file(checkpoint: Path) -> Path:
-    """Return the validation file of the run that wrote a checkpoint.
+def _validation_source(checkpoint: Path) -> Path:
+    """Return the validation file, or the prepared folder, of the run that wrote a checkpoint.
 
     Raises:
         DataError: It is not known, or not there any more.
@@ -292,13 +294,14 @@ def _validation_file(checkpoint: Path) -> Path:
             f"{checkpoint} doesn't say what it was validated on ({CONFIG_FILE} is missing). Give "
             "held-out JSON lines with --file."
         )
-    file = Path(read_json(path)["data"]["val_file"])
-    if not file.is_file():
+    data = read_json(path)["data"]
+    source = Path(data.get("directory") or data["val_file"])
+    if not source.exists():
         raise DataError(
-            f"{file}, the validation file of the run, is not there. Give held-out JSON lines with "
-            "--file."
+            f"{source}, the validation text of the run, is not there. Give held-out JSON lines or "
+            "a folder of tinylm data prepare with --file."
         )
-    return file
+    return source
 
 
 @app.command(epilog='Example: tinylm-export generate onnx --prompt "The function returns"')

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinylm.data import IGNORED_LABEL
-from tinylm.evaluate import sum_loss
+from tinylm.losses import sum_loss
 from tinylm.model import TinyLM
 from tinylm_export.parity_report import HeadEffect
 

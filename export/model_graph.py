@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
 from tinylm.bitlinear import BitLinear, PackedBitLinear
 from tinylm.errors import ExportError
@@ -69,11 +70,16 @@ def build_onnx(
         The model with function bodies; dynamic batch, length and cache capacity.
 
     Raises:
-        ExportError: Unknown task.
+        ExportError: Unknown task, or a dense model.
     """
     if task not in TASKS:
         raise ExportError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
     config = model.config
+    if config.dense:
+        raise ExportError(
+            "expected a ternary model, found a dense one (trained with --dense), which is for "
+            "comparison only. Export a run without --dense."
+        )
     g = GraphBuilder("tinylm")
     with_past = task == "text-generation-with-past"
     ids = g.input("input_ids", I64, ["batch", "length"])
@@ -190,10 +196,11 @@ def _bit_linear(
     g: GraphBuilder,
     name: str,
     x: ir.Value,
-    layer: BitLinear | PackedBitLinear,
+    layer: nn.Module,
     norm_name: str,
     norm: RMSNorm,
 ) -> ir.Value:
+    assert isinstance(layer, BitLinear | PackedBitLinear)
     weight, scale = _packed(g, name, layer)
     num_outputs = scale.shape[0]  # type: ignore[index]
     out: list[int | str] = ["batch", "length", int(num_outputs)]  # type: ignore[arg-type]
@@ -207,12 +214,11 @@ def _bit_linear(
     )[0]
 
 
-def _packed(
-    g: GraphBuilder, name: str, layer: BitLinear | PackedBitLinear
-) -> tuple[ir.Value, ir.Value]:
+def _packed(g: GraphBuilder, name: str, layer: nn.Module) -> tuple[ir.Value, ir.Value]:
     """Add a layer's 2-bit weight [N, K/4] and its row scales [N]."""
     if isinstance(layer, BitLinear):
         layer = PackedBitLinear.from_bit_linear(layer)
+    assert isinstance(layer, PackedBitLinear)
     return (
         g.initializer(f"{name}.weight", layer.weight.cpu().numpy()),
         g.initializer(f"{name}.weight_scale", _array(layer.weight_scale)),
@@ -233,7 +239,7 @@ def _decoder_layer(
     attn, mlp = layer.self_attn, layer.mlp
 
     def linear(
-        name: str, source: ir.Value, module: BitLinear, norm_name: str, norm: RMSNorm
+        name: str, source: ir.Value, module: nn.Module, norm_name: str, norm: RMSNorm
     ) -> ir.Value:
         return _bit_linear(g, f"{path}.{name}", source, module, f"{path}.{norm_name}", norm)
 

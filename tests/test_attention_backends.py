@@ -206,7 +206,9 @@ def test_first_skips_the_backends_before_it(first: str) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"auto or one of flash, sdpa, plain, found 'fast'"):
+    with pytest.raises(
+        ConfigError, match=r"auto or one of flash, cudnn, sdpa, plain, found 'fast'"
+    ):
         DEFAULT_CHAIN.attend(*draw(), scale=0.3, first="fast")
 
 

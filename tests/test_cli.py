@@ -26,6 +26,7 @@ COMMANDS = (
     ["convert"],
     ["tokenizer", "train"],
     ["data", "sample"],
+    ["data", "prepare"],
 )
 
 
@@ -346,3 +347,24 @@ def test_resume_needs_no_other_flag(cli: Cli, tmp_path: Path) -> None:
     assert "Training done at step 5 of 5" in text
     assert [step for step, _ in losses(out)] == [3, 4, 5]
     assert torch.isfinite(TinyLM.from_pretrained(out).embed_tokens.weight).all()
+
+
+def test_recipe_stands_below_file_and_flags(cli: Cli, tmp_path: Path) -> None:
+    flags = {"out": "x", "data": {"train_file": "a", "val_file": "b"}}
+    plain = resolve(flags, {})
+    assert (plain.schedule.kind, plain.schedule.lr) == ("cosine", 2e-4)  # the specification
+    assert resolve({**flags, "recipe": "default"}, {}) == plain
+    config = resolve({**flags, "recipe": "two-stage"}, {})
+    schedule = config.schedule
+    assert (schedule.kind, schedule.lr, schedule.second_lr) == ("two-stage", 1.5e-3, 1e-3)
+    assert (schedule.second_stage_start, schedule.warmup_steps) == (0.5, 375)
+    assert config.optimizer == plain.optimizer and config.training == plain.training
+    mixed = resolve(
+        {**flags, "schedule": {"lr": 1e-3}},
+        {"recipe": "two-stage", "schedule": {"warmup_steps": 9}},
+    )
+    assert (mixed.schedule.kind, mixed.schedule.lr, mixed.schedule.warmup_steps) == (
+        ("two-stage", 1e-3, 9)
+    )
+    result = cli(*train_arguments(tmp_path / "run"), "--recipe", "three-stage")
+    assert_clean_error(result, "recipe must be one of default, two-stage, found 'three-stage'")

@@ -77,6 +77,7 @@ def config(out: Path, **sections: dict[str, Any]) -> TrainConfig:
         "optimizer": {},
         "schedule": {"lr": 3e-3, "warmup_steps": 2},
         "training": {"max_steps": 8, "batch_size": 4, "device": "cpu"},
+        "performance": {},
         "evaluation": {"eval_every": 4, "eval_max_tokens": 500, "sample_tokens": 0},
         "checkpoint": {"save_every": 4},
         "logging": {"log_every": 1, "tensorboard": False},

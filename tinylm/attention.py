@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tinylm.bitlinear import BitLinear
+from tinylm.bitlinear import make_linear
 from tinylm.config import Activation, ModelConfig
 from tinylm.latent_attention import (
     attend_absorbed,
@@ -40,16 +40,18 @@ class FlashMLA(nn.Module):
         self.latent_rank = config.latent_rank
         self.layer = layer
         self.backend = "auto"
-        hidden, act = config.hidden_size, config.activation
+        hidden = config.hidden_size
         q_width = shape.num_heads * shape.qk_dim
         kv_b_width = shape.num_heads * (shape.nope_dim + shape.value_dim)
         o_width = shape.num_heads * shape.value_dim
-        self.q_proj = BitLinear(hidden, q_width, activation=act)
-        self.kv_a_proj = BitLinear(hidden, self.latent_rank + shape.rope_dim, activation=act)
+        self.q_proj = make_linear(hidden, q_width, config)
+        self.kv_a_proj = make_linear(hidden, self.latent_rank + shape.rope_dim, config)
         self.kv_a_layernorm = RMSNorm(self.latent_rank, eps=config.norm_eps)
-        self.kv_b_proj = BitLinear(self.latent_rank, kv_b_width, activation=LATENT_ACTIVATION)
+        self.kv_b_proj = make_linear(
+            self.latent_rank, kv_b_width, config, activation=LATENT_ACTIVATION
+        )
         self.attn_sub_norm = RMSNorm(o_width, eps=config.norm_eps)
-        self.o_proj = BitLinear(o_width, hidden, activation=act)
+        self.o_proj = make_linear(o_width, hidden, config)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Back ends for causal attention behind one interface: flash-attn, SDPA, plain.
+"""Back ends for causal attention behind one interface: flash-attn, cuDNN, SDPA, plain.
 
 All take q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv] and return [B, S, H, Dv]. Query i of row b
 sees keys ``0 .. past_lens[b] + i``; without ``past_lens`` the past is empty and T equals S.
@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinylm.errors import ConfigError
 
@@ -92,6 +93,27 @@ class SdpaBackend:
         return y.transpose(1, 2)
 
 
+class CudnnBackend(SdpaBackend):
+    """cuDNN's kernels by way of SDPA: the fastest on Hopper, for training without a cache."""
+
+    name = "cudnn"
+
+    def unsuitable(self, q: Tensor, v: Tensor, past_lens: Tensor | None) -> str | None:
+        """Accept half precision on CUDA, no cached past."""
+        if q.device.type != "cuda":
+            return "needs a CUDA device"
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            return f"needs float16 or bfloat16, not {q.dtype}"
+        return None if past_lens is None else "serves no latent cache"
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, past_lens: Tensor | None
+    ) -> Tensor:
+        """Compute attention with SDPA, which raises where cuDNN can't."""
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return super().attend(q, k, v, scale=scale, past_lens=past_lens)
+
+
 class PlainBackend:
     """Softmax attention written out; slow, and works everywhere."""
 
@@ -119,10 +141,14 @@ class BackendChain:
 
     Args:
         backends: In order of preference; the last one should accept everything.
+        by_name_only: Names of those that are tried only where they are asked for.
     """
 
-    def __init__(self, backends: Sequence[AttentionBackend]) -> None:
+    def __init__(
+        self, backends: Sequence[AttentionBackend], *, by_name_only: Sequence[str] = ()
+    ) -> None:
         self.backends = list(backends)
+        self.by_name_only = tuple(by_name_only)
         self.failed: dict[str, str] = {}
 
     def names(self) -> list[str]:
@@ -166,6 +192,8 @@ class BackendChain:
         for backend in self.backends[start:]:
             if backend.name in self.failed:
                 continue
+            if backend.name in self.by_name_only and backend.name != first:
+                continue
             reason = backend.unsuitable(q, v, past_lens)
             if reason is not None:
                 if backend.name == first:
@@ -196,4 +224,6 @@ class BackendChain:
 
 
 _WARNED: set[tuple[str, str]] = set()
-DEFAULT_CHAIN = BackendChain([FlashBackend(), SdpaBackend(), PlainBackend()])
+DEFAULT_CHAIN = BackendChain(
+    [FlashBackend(), CudnnBackend(), SdpaBackend(), PlainBackend()], by_name_only=["cudnn"]
+)

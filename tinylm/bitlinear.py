@@ -9,33 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylm.config import Activation
+from tinylm.config import Activation, ModelConfig
+from tinylm.dense_linear import DenseLinear
 from tinylm.packing import check_packed, pack, unpack
-from tinylm.quantization import (
-    accumulate,
-    quantize_activation,
-    storage_dtype,
-    ternarize,
-)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of the matrix product: autocast's if it is on, else float32."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+from tinylm.precision import matmul_dtype
+from tinylm.quantization import accumulate, quantize_activation, ternarize
+from tinylm.quantizer_passes import TORCH_PASSES, passes
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
-    return _matmul_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
-def _dequantize_to(accumulator: Tensor, scale: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale the sums in float32, or in float64 where that is wanted, and round once to dtype.
-
-    As :func:`tinylm.quantization.dequantize`, in the memory of the sums.
-    """
-    inner = torch.promote_types(dtype, torch.float32)
-    return accumulator.to(inner).mul_(scale).div_(s).to(dtype)
+    return matmul_dtype(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -43,37 +26,45 @@ class _TernaryLinear(torch.autograd.Function):
 
     Both quantisers count as the identity in the backward pass, so with ``x_hat = q / s`` and
     ``w_hat = codes * scale``: ``dx = dy . w_hat`` and ``dW = dy^T . x_hat``. What is kept for it
-    takes one byte a value, not four.
+    takes one byte an activation, not four.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, activation: Activation, out_dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        activation: Activation,
+        out_dtype: torch.dtype,
+        quantizers: str,
     ) -> Tensor:
-        dtype = _matmul_dtype(x)
-        codes, scale = ternarize(weight)
-        q, s = quantize_activation(x, activation)
+        dtype = matmul_dtype(x)
+        work = passes(quantizers, x, activation)
+        codes, scale = work.ternarize(weight, dtype)
+        q, stored, s = work.quantize(x, activation, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            accumulator = accumulate(q.to(dtype), codes.to(dtype), activation)
-            y = _dequantize_to(accumulator, scale, s, out_dtype)
-        ctx.save_for_backward(q.to(storage_dtype(activation)), s, codes.to(torch.int8), scale)
-        ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
+            accumulator = accumulate(q, codes, activation)
+            y = work.rescale(accumulator, scale, s, out_dtype)
+        # Half-precision codes are kept as the backward product takes them.
+        kept = codes if dtype.itemsize == 2 else codes.to(torch.int8)
+        ctx.save_for_backward(stored, s, kept, scale)
+        ctx.dtype, ctx.x_dtype, ctx.weight_dtype, ctx.work = dtype, x.dtype, weight.dtype, work
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        q, s, codes, scale = ctx.saved_tensors
-        dtype = ctx.dtype
-        dx = dw = None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        stored, s, codes, scale = ctx.saved_tensors
+        dtype, dx, dw = ctx.dtype, None, None
         with torch.autocast(dy.device.type, enabled=False):
+            dy = dy.to(dtype)
             if ctx.needs_input_grad[0]:
-                dx = (dy.to(dtype) @ codes.to(dtype) * scale).to(ctx.x_dtype)  # [..., K]
+                dx = ctx.work.rescale(dy @ codes.to(dtype), scale, None, ctx.x_dtype)  # [..., K]
             if ctx.needs_input_grad[1]:
-                x_hat = (q.float() / s).to(dtype).reshape(-1, q.shape[-1])  # [M, K]
-                dy = dy.to(dtype).reshape(-1, dy.shape[-1])  # [M, N]
-                dw = (dy.t() @ x_hat).to(ctx.weight_dtype)  # [N, K]
-        return dx, dw, None, None
+                x_hat = ctx.work.dequantize(stored, s, dtype).reshape(-1, stored.shape[-1])
+                dw = dy.reshape(-1, dy.shape[-1]).t() @ x_hat  # [N, M] [M, K]
+                dw = dw.to(ctx.weight_dtype)
+        return dx, dw, None, None, None
 
 
 class BitLinear(nn.Module):
@@ -100,6 +91,7 @@ class BitLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
+        self.quantizers = "torch"  # who does the training pass's quantising: see quantizer_passes
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         # Of the ternary codes only the scale depends on this; but the optimiser's steps are as long
         # as the learning rate says, and against smaller weights they would flip codes too often.
@@ -113,13 +105,13 @@ class BitLinear(nn.Module):
         """Apply the layer: [..., K] -> [..., N], in ``out_dtype`` if that is given."""
         out_dtype = out_dtype or _output_dtype(x)
         if self.training or torch.is_grad_enabled():
-            return _TernaryLinear.apply(x, self.weight, self.activation, out_dtype)
-        dtype = _matmul_dtype(x)
+            return _TernaryLinear.apply(x, self.weight, self.activation, out_dtype, self.quantizers)
+        dtype = matmul_dtype(x)
         codes, scale = self.weight_codes(dtype)
         q, s = quantize_activation(x, self.activation)
         with torch.autocast(x.device.type, enabled=False):
             accumulator = accumulate(q.to(dtype), codes, self.activation)
-            return _dequantize_to(accumulator, scale, s, out_dtype)
+            return TORCH_PASSES.rescale(accumulator, scale, s, out_dtype)
 
     def train(self, mode: bool = True) -> BitLinear:
         """Switch between training and evaluation; training drops the kept codes."""
@@ -194,4 +186,24 @@ class PackedBitLinear(nn.Module):
         codes, scale = self.weight_codes(torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             accumulator = accumulate(q, codes, self.activation)
-            return _dequantize_to(accumulator, scale, s, out_dtype)
+            return TORCH_PASSES.rescale(accumulator, scale, s, out_dtype)
+
+
+def make_linear(
+    in_features: int,
+    out_features: int,
+    config: ModelConfig,
+    *,
+    activation: Activation | None = None,
+) -> BitLinear | DenseLinear:
+    """Make a linear layer of a model: a BitLinear, or a plain one in a dense twin.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        config: The model's.
+        activation: Number format of the activations. Default: the config's.
+    """
+    if config.dense:
+        return DenseLinear(in_features, out_features)
+    return BitLinear(in_features, out_features, activation=activation or config.activation)

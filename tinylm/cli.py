@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinylm import cli_train
+from tinylm import cli_data, cli_train
 from tinylm.cli_convert import convert
 from tinylm.cli_shared import (
     Json,
@@ -41,9 +41,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 tokenizer_app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
-data_app = typer.Typer(help="Make training text.", no_args_is_help=True)
+data_app = typer.Typer(help="Make training text and tokens.", no_args_is_help=True)
 cli_train.register(app)
 app.command(epilog="Example: tinylm convert run --to huggingface --out tinylm-hf")(convert)
+cli_data.register(data_app)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 

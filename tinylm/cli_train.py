@@ -15,7 +15,7 @@ import typer
 from tinylm.config import ACTIVATIONS, PRESETS, ModelConfig
 from tinylm.errors import ConfigError
 from tinylm.run_settings import Layer, field_types, load_layer, resolve
-from tinylm.training_config import DEFAULT_PRESET, SECTIONS, TrainConfig
+from tinylm.training_config import DEFAULT_PRESET, RECIPES, SECTIONS, TrainConfig
 
 # Known from the tokenizer only.
 _NO_FLAG = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -100,6 +100,13 @@ _RUN_PARAMETERS = (
         "preset", str, "Run", f"{', '.join(PRESETS)}. Default: {DEFAULT_PRESET}.", "--preset"
     ),
     _parameter(
+        "recipe",
+        str,
+        "Run",
+        f"{', '.join(RECIPES)}: schedule and optimizer of a publication. Other flags win.",
+        "--recipe",
+    ),
+    _parameter(
         "config",
         Path,
         "Run",
@@ -180,7 +187,7 @@ def settings(given: dict[str, Any], *, resume: bool) -> TrainConfig:
         CheckpointError: The run to go on has no readable configuration.
     """
     flags: Layer = {}
-    for key in ("out", "preset"):
+    for key in ("out", "preset", "recipe"):
         if given[key] is not None:
             flags[key] = str(given[key])
     for flag in _FLAGS:

@@ -87,6 +87,8 @@ class ModelConfig:
         norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Whether the head shares the embedding's weight.
         activation: Number format of BitLinear activations. The latent is int8 in either case.
+        dense: Whether plain linear layers stand in place of BitLinear: a twin to compare with,
+            which can't be exported.
         initializer_range: Standard deviation of the initial embedding (and head). Default:
             ``hidden_size ** -0.5``, which gives initial logits a variance of 1.
         bos_token_id: First token of a document, if the tokenizer has one.
@@ -112,6 +114,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     activation: Activation = "int8"
+    dense: bool = False
     initializer_range: float = None  # type: ignore[assignment]
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -170,10 +173,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not _is_finite_number(value) or value <= 0.0:
                 raise ConfigError(f"{name} must be a positive number, found {value!r}.")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(
-                f"tie_embeddings must be true or false, found {self.tie_embeddings!r}."
-            )
+        for name in ("tie_embeddings", "dense"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}."
@@ -208,11 +210,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that ``config.json`` holds."""
-        return {
-            "model_type": MODEL_TYPE,
-            "format_version": FORMAT_VERSION,
-            **dataclasses.asdict(self),
-        }
+        values = dataclasses.asdict(self)
+        if not self.dense:  # no part of the schema that C++ and exported models share
+            del values["dense"]
+        return {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> ModelConfig:

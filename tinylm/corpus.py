@@ -15,9 +15,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,16 @@ _BATCH_BYTES = 1_000_000
 _COUNT_CHUNK = 1 << 22
 
 
+class TokenRow(Protocol):
+    """A row of token ids: an array, or :class:`tinylm.shards.ShardedTokens`."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+
+    def __getitem__(self, where: slice, /) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Return a range of tokens."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizedCorpus:
     """A file's documents as token ids, one after the other.
@@ -56,7 +66,7 @@ class TokenizedCorpus:
     """
 
     path: Path
-    tokens: npt.NDArray[np.unsignedinteger[Any]]
+    tokens: TokenRow
     doc_ends: npt.NDArray[np.int64]
     num_bytes: int
     num_skipped: int
@@ -157,15 +167,29 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase, skip_bad_lines:
         raise DataError(f"{path}: expected a file, found a folder.") from error
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror or error}).") from error
+    options = [_FORMAT, skip_bad_lines, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    digest.update(json.dumps([_identity(tokenizer), options]).encode("utf-8"))
+    return digest.hexdigest()[:32]
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return an object for JSON that says everything about how text becomes tokens."""
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # What the latest call asked for is no part of the tokenizer.
-        identity: Any = {**backend, "padding": None, "truncation": None}
-    else:
-        identity = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    options = [_FORMAT, skip_bad_lines, tokenizer.eos_token_id, tokenizer.bos_token_id]
-    digest.update(json.dumps([identity, options]).encode("utf-8"))
-    return digest.hexdigest()[:32]
+        return {**backend, "padding": None, "truncation": None}
+    return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of what decides about a tokenizer's output."""
+    parts = [_FORMAT, _identity(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """Return the dtype that holds every id: uint16, or uint32 above 65536 ids."""
+    return np.dtype(np.uint16 if num_token_ids(tokenizer) <= 1 << 16 else np.uint32)
 
 
 def _open(
@@ -211,45 +235,20 @@ def _build(
     ready: Path,
 ) -> None:
     """Tokenise ``path`` into the three files of ``ready``."""
-    import datasets
-
     reader = read_jsonl(path, skip_bad_lines=skip_bad_lines)
-
-    def rows() -> Iterator[dict[str, str]]:
-        for text in reader:
-            yield {"text": text}
-
-    dtype = np.dtype(np.uint16 if num_token_ids(tokenizer) <= 1 << 16 else np.uint32)
-    features = datasets.Features(
-        {
-            "tokens": datasets.Sequence(datasets.Value(dtype.name)),
-            "num_bytes": datasets.Value("int64"),
-        }
+    tokenised = tokenise(
+        lambda: iter(reader),
+        tokenizer,
+        scratch,
+        size=path.stat().st_size,
+        num_proc=num_proc,
+        name=path.name,
     )
-    size = path.stat().st_size
-    workers = num_proc or min(os.cpu_count() or 1, max(1, size // _MIN_BYTES_PER_PROCESS))
-    with _quiet_unless_terminal(), _unwrapped_errors():
-        text = datasets.Dataset.from_generator(
-            rows,
-            features=datasets.Features({"text": datasets.Value("string")}),
-            cache_dir=str(scratch / "text"),
-        )
-        mean_bytes = max(1, size // len(text))
-        tokenised = text.map(
-            _tokenise,
-            fn_kwargs={"tokenizer": tokenizer, "dtype": dtype.name},
-            batched=True,
-            batch_size=min(1000, max(1, _BATCH_BYTES // mean_bytes)),
-            remove_columns=["text"],
-            features=features,
-            num_proc=workers if workers > 1 else None,
-            cache_file_name=str(scratch / "tokens.arrow"),
-            new_fingerprint="tokens",
-            desc=f"Tokenising {path.name}",
-        )
-        num_bytes = _write_arrays(tokenised, dtype, ready)
+    num_bytes = _write_arrays(tokenised, token_dtype(tokenizer), ready)
     if not num_bytes:
-        raise DataError(f"{path}: expected text, found {len(text)} documents that are all empty.")
+        raise DataError(
+            f"{path}: expected text, found {len(tokenised)} documents that are all empty."
+        )
     meta = {
         "num_bytes": num_bytes,
         "num_skipped": reader.num_skipped,
@@ -258,9 +257,72 @@ def _build(
     (ready / _META_FILE).write_text(json.dumps(meta) + "\n", encoding="utf-8")
 
 
+def tokenise(
+    texts: Callable[[], Iterator[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    *,
+    size: int,
+    num_proc: int | None,
+    name: str,
+    hash_text: Callable[[str], int] | None = None,
+) -> Dataset:
+    """Tokenise documents in parallel, on the disk rather than in memory.
+
+    Args:
+        texts: Gives the documents.
+        tokenizer: The tokenizer.
+        scratch: Folder for what the result is mapped from; it must outlive the result.
+        size: About how many bytes of text there are.
+        num_proc: Processes. Default: as many as there are CPUs, fewer for little text.
+        name: Of the text, for the progress bar.
+        hash_text: Adds a column ``hash``, uint64.
+
+    Returns:
+        A row for each document: its ``tokens``, with the end token, and ``num_bytes``.
+    """
+    import datasets
+
+    def rows() -> Iterator[dict[str, str]]:
+        for text in texts():
+            yield {"text": text}
+
+    dtype = token_dtype(tokenizer)
+    columns = {
+        "tokens": datasets.Sequence(datasets.Value(dtype.name)),
+        "num_bytes": datasets.Value("int64"),
+    }
+    if hash_text is not None:
+        columns["hash"] = datasets.Value("uint64")
+    workers = num_proc or min(os.cpu_count() or 1, max(1, size // _MIN_BYTES_PER_PROCESS))
+    with _quiet_unless_terminal(), _unwrapped_errors():
+        text = datasets.Dataset.from_generator(
+            rows,
+            features=datasets.Features({"text": datasets.Value("string")}),
+            cache_dir=str(scratch / "text"),
+        )
+        mean_bytes = max(1, size // max(1, len(text)))
+        return text.map(
+            _tokenise,
+            fn_kwargs={"tokenizer": tokenizer, "dtype": dtype.name, "hash_text": hash_text},
+            batched=True,
+            batch_size=min(1000, max(1, _BATCH_BYTES // mean_bytes)),
+            remove_columns=["text"],
+            features=datasets.Features(columns),
+            num_proc=workers if workers > 1 else None,
+            cache_file_name=str(scratch / "tokens.arrow"),
+            new_fingerprint="tokens",
+            desc=f"Tokenising {name}",
+        )
+
+
 def _tokenise(
-    batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, dtype: str
-) -> dict[str, list[Any]]:
+    batch: dict[str, list[str]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    hash_text: Callable[[str], int] | None,
+) -> dict[str, Any]:
     """Turn a batch of texts into token ids that end with the end token."""
     texts = batch["text"]
     encoded = tokenizer(
@@ -276,7 +338,13 @@ def _tokenise(
     tokens = [
         np.asarray(ids if ids and ids[-1] == eos else [*ids, eos], dtype=dtype) for ids in encoded
     ]
-    return {"tokens": tokens, "num_bytes": [len(text.encode("utf-8")) for text in texts]}
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "num_bytes": [len(text.encode("utf-8")) for text in texts],
+    }
+    if hash_text is not None:
+        result["hash"] = np.array([hash_text(text) for text in texts], dtype=np.uint64)
+    return result
 
 
 def _write_arrays(tokenised: Dataset, dtype: np.dtype[Any], ready: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 from tinylm.corpus import TokenizedCorpus, load_corpus
 from tinylm.errors import DataError
 from tinylm.jsonl import JsonlReader, read_jsonl
+from tinylm.losses import IGNORED_LABEL
 
 __all__ = [
     "IGNORED_LABEL",
@@ -29,8 +30,6 @@ __all__ = [
     "load_corpus",
     "read_jsonl",
 ]
-
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,15 @@ class Batch:
     def num_labels(self) -> int:
         """Number of positions that count in the loss."""
         return int((self.labels != IGNORED_LABEL).sum())
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, which a GPU copies from in the background."""
+        mask = self.attention_mask
+        return Batch(
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            attention_mask=None if mask is None else mask.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm import quantization
-from tinylm.data import IGNORED_LABEL
 from tinylm.distributed import World, is_sharded, local, whole
 from tinylm.quantization import abs_sum, scale_of_sum
 
@@ -51,24 +49,6 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         """Return an object that JSON can hold."""
         return dataclasses.asdict(self)
-
-
-def sum_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Add up the cross entropy over the labels that count.
-
-    Args:
-        logits: [B, S, V], any floating dtype; the loss is computed in float32.
-        labels: int64 [B, S], the next token at each position; -100 is ignored.
-
-    Returns:
-        float32 scalar, in nats.
-    """
-    return F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
-    )
 
 
 @torch.no_grad()
@@ -120,10 +100,10 @@ def evaluate(
             batch = sequences.batch(indices if len(indices) else chosen[:1])
             batch = batch.to(device)
             with precision or contextlib.nullcontext():
-                logits = model(batch.input_ids, batch.attention_mask)  # [B, S, V]
+                loss = model(batch.input_ids, batch.attention_mask, labels=batch.labels)
             if len(indices):
                 labels += batch.num_labels
-                total += float(sum_loss(logits, batch.labels))
+                total += float(loss)
             if progress is not None:
                 progress(min((start + len(indices)) * world.size, len(chosen)), len(chosen))
         total, count = world.sum([total, labels])
@@ -188,8 +168,10 @@ def ternary_statistics(
 
     Returns:
         ``fraction_minus``, ``fraction_zero``, ``fraction_plus``; ``zero_by_kind`` by the last part
-        of the module path, such as ``q_proj``; and ``flip_rate``.
+        of the module path, such as ``q_proj``; and ``flip_rate``. Nothing for a dense model.
     """
+    if not codes:
+        return {}
     minus = flipped = 0
     sizes: dict[str, int] = {}  # by kind of layer
     zeros: dict[str, int] = {}

@@ -186,7 +186,9 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def advance(self, step: int, *, loss: float, learning_rate: float, speed: float) -> None:
+    def advance(
+        self, step: int, *, loss: float, learning_rate: float, speed: float, usage: str = ""
+    ) -> None:
         """Show that a step is done.
 
         Args:
@@ -194,10 +196,11 @@ class Reporter:
             loss: Of this step.
             learning_rate: Of this step.
             speed: Tokens a second.
+            usage: MFU and memory in words.
         """
         self._step = step
         if self.console.is_terminal:
-            numbers = f"loss {loss:.4f}  lr {learning_rate:.2e}  {speed:,.0f} tok/s"
+            numbers = f"loss {loss:.4f}  lr {learning_rate:.2e}  {speed:,.0f} tok/s  {usage}"
             self._progress.update(self._task, completed=step, numbers=numbers)
 
     def train_record(self, record: Record) -> None:
@@ -206,11 +209,12 @@ class Reporter:
             return
         left = (self.total_steps - record["step"]) * record["seconds_per_step"]
         minutes, seconds = divmod(round(left), 60)
+        eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        usage = f"mfu {record['mfu']:.1%}  " if "mfu" in record else ""
         self.line(
             f"step {record['step']}/{self.total_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  eta {minutes // 60}:{minutes % 60:02d}:"
-            f"{seconds:02d}"
+            f"{record['tokens_per_second']:,.0f} tok/s  {usage}eta {eta}"
         )
 
     def line(self, text: str) -> None:

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinylm.attention import FlashMLA
-from tinylm.bitlinear import BitLinear, PackedBitLinear
+from tinylm.bitlinear import BitLinear, PackedBitLinear, make_linear
 from tinylm.config import Activation, ModelConfig
+from tinylm.errors import ConfigError
 from tinylm.int8_linear import Int8Linear
 from tinylm.latent_attention import rotary_angles
 from tinylm.latent_cache import LatentCache
+from tinylm.losses import linear_cross_entropy, sum_loss
 from tinylm.norm import RMSNorm
 from tinylm.precision import inner_dtype
+from tinylm.training_config import DEFAULT_LOSS_CHUNK
 
 
 class FeedForward(nn.Module):
@@ -31,11 +35,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden, inner, act = config.hidden_size, config.intermediate_size, config.activation
-        self.gate_proj = BitLinear(hidden, inner, activation=act)
-        self.up_proj = BitLinear(hidden, inner, activation=act)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = make_linear(hidden, inner, config)
+        self.up_proj = make_linear(hidden, inner, config)
         self.ffn_sub_norm = RMSNorm(inner, eps=config.norm_eps)
-        self.down_proj = BitLinear(inner, hidden, activation=act)
+        self.down_proj = make_linear(inner, hidden, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to normed x [B, S, hidden] -> [B, S, hidden]."""
@@ -118,6 +122,10 @@ class TinyLM(nn.Module):
         if config.tie_embeddings:
             head.weight = self.embed_tokens.weight
         self.lm_head: nn.Linear | Int8Linear = head
+        # How to train, not what: see tinylm.performance.
+        self.loss_chunk = DEFAULT_LOSS_CHUNK
+        self.compiled_loss = False
+        self.recompute_layers = False
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -152,18 +160,21 @@ class TinyLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         cache: LatentCache | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Compute next-token logits.
+        """Compute next-token logits, or the loss where labels are given.
 
         Args:
             input_ids: Integer [B, S].
             attention_mask: [B, S], nonzero for real tokens; None for all real. Any pattern works:
                 positions count the real tokens only.
             cache: Past tokens. The new ones are appended, and logits continue after them.
+            labels: int64 [B, S], the next token at each position; -100 is ignored.
 
         Returns:
-            Logits [B, S, V], in the weights' dtype (autocast's under autocast). Those at masked
-            positions mean nothing, and are finite.
+            With labels: their summed cross entropy in nats, a scalar in float32 or wider, for
+            which the logits are never all in memory. Else logits [B, S, V], in the weights' dtype
+            (autocast's under autocast). Those at masked positions mean nothing, and are finite.
 
         Raises:
             ValueError: Wrong shapes, or more tokens than ``max_seq_len`` or the cache holds.
@@ -171,7 +182,15 @@ class TinyLM(nn.Module):
         x, restore = self._hidden(input_ids, attention_mask, cache)
         if restore is not None:
             x = x.gather(1, restore[:, :, None].expand_as(x))
-        return self.lm_head(x)
+        return self.lm_head(x) if labels is None else self._loss(x, labels)
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed cross entropy of hidden states [B, S, hidden] and labels [B, S]."""
+        if not isinstance(self.lm_head, nn.Linear):
+            return sum_loss(self.lm_head(x), labels)
+        return linear_cross_entropy(
+            x, self.lm_head.weight, labels, chunk=self.loss_chunk, compiled=self.compiled_loss
+        )
 
     def last_logits(
         self,
@@ -215,7 +234,10 @@ class TinyLM(nn.Module):
         rotary = rotary_angles(positions, shape.rope_dim, shape.theta)
         x = self.dropout(self.embed_tokens(input_ids))  # [B, S, hidden]
         for layer in self.layers:
-            x = layer(x, rotary, seq_lens, cache)
+            if self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, seq_lens, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, seq_lens, cache)
         if cache is not None:
             cache.advance(length, seq_lens)
         return self.norm(x), restore
@@ -297,7 +319,12 @@ class TinyLM(nn.Module):
         """Replace every BitLinear by its 2-bit form, in place, and return the model.
 
         The model is for inference from then on; its float32 logits stay the same bit for bit.
+
+        Raises:
+            ConfigError: The model is a dense twin.
         """
+        if self.config.dense:
+            raise ConfigError("a dense model has no ternary weights to pack. Train one without it.")
         for name, layer in self.bit_linears().items():
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, PackedBitLinear.from_bit_linear(layer))
@@ -313,13 +340,12 @@ class TinyLM(nn.Module):
         return self.eval()
 
     def set_attention_backend(self, name: str) -> None:
-        """Choose the attention back end: auto, flash, sdpa or plain.
+        """Choose the attention back end: auto, flash, cudnn, sdpa or plain.
 
         Raises:
             ConfigError: No back end has that name.
         """
         from tinylm.attention_backends import DEFAULT_CHAIN
-        from tinylm.errors import ConfigError
 
         if name != "auto" and name not in DEFAULT_CHAIN.names():
             raise ConfigError(

@@ -32,6 +32,14 @@ def ordinary_float32() -> Iterator[None]:
         _wide_inference = True
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a product with x: autocast's if it is on, else float32 or wider."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def inner_dtype(x: Tensor, *, training: bool) -> torch.dtype:
     """Return the dtype for sums and transcendental functions on x: float64 in float32 inference.
 

@@ -17,6 +17,7 @@ from tinylm.logs import (
     read_metrics,
 )
 from tinylm.run_directory import RunDirectory
+from tinylm.throughput import Throughput, describe
 from tinylm.training_config import TrainConfig
 
 
@@ -30,6 +31,7 @@ class Recorder:
         total_steps: Steps of the run.
         resume_step: Records after this step are dropped. None for a new run.
         run_record: Facts about the run, written first when it is new.
+        throughput: Adds MFU and memory to the records.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class Recorder:
         total_steps: int,
         resume_step: int | None,
         run_record: Record,
+        throughput: Throughput | None = None,
     ) -> None:
         self.run = run
         self.config = config
         self.total_steps = total_steps
+        self.throughput = throughput
         self.unigram_entropy: float = run_record["unigram_entropy"]
         self._seconds = 0.0  # spent in the steps since the last log record
         self._steps_timed = self._tokens_timed = 0
@@ -84,8 +88,13 @@ class Recorder:
             record: ``step``, ``loss``, ``lr`` and what else there is to say.
         """
         speed = self._tokens_timed / max(self._seconds, 1e-9)
+        usage = {} if self.throughput is None else self.throughput.fields(speed)
         self._reporter.advance(
-            record["step"], loss=record["loss"], learning_rate=record["lr"], speed=speed
+            record["step"],
+            loss=record["loss"],
+            learning_rate=record["lr"],
+            speed=speed,
+            usage=describe(usage) if usage else "",
         )
         if not self.is_logged(record["step"]):
             return
@@ -94,6 +103,7 @@ class Recorder:
             **record,
             "tokens_per_second": speed,
             "seconds_per_step": self._seconds / self._steps_timed,
+            **usage,
         }
         self._write(record)
         self._reporter.train_record(record)

@@ -1,7 +1,8 @@
 """Puts a training configuration together: flags win over the file, the file over the defaults.
 
-A layer is ``{section: {field: value}}`` with the top-level names ``out`` and ``preset`` beside the
-sections. A resumed run has one more layer at the bottom: the configuration that it was saved with.
+A layer is ``{section: {field: value}}`` with the top-level names ``out``, ``preset`` and ``recipe``
+beside the sections. Above the defaults stand the settings of a recipe; a resumed run has one more
+layer below those, the configuration that it was saved with.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 from tinylm.config import FORMAT_VERSION, MODEL_TYPE, ModelConfig, preset
 from tinylm.errors import ConfigError
-from tinylm.training_config import DEFAULT_PRESET, SECTIONS, TrainConfig
+from tinylm.training_config import DEFAULT_PRESET, RECIPES, SECTIONS, TrainConfig
 
 Layer = dict[str, Any]
-_TOP_LEVEL = ("out", "preset")
+_TOP_LEVEL = ("out", "preset", "recipe")
 # Sizes that follow from others unless they are given: overriding the key resets the values.
 _DERIVED = {
     "hidden_size": ("intermediate_size", "latent_rank", "nope_dim", "rope_dim", "value_dim"),
@@ -29,7 +30,7 @@ _DERIVED = {
 # What may change when a run goes on. Data and tokenizer are compared by content instead of name;
 # a new length stretches or shrinks the rest of the schedule.
 MAY_CHANGE_ON_RESUME = {
-    "data": {"train_file", "val_file", "tokenizer", "num_proc"},
+    "data": {"directory", "verify", "train_file", "val_file", "tokenizer", "num_proc"},
     "training": {
         "max_steps",
         "epochs",
@@ -38,6 +39,16 @@ MAY_CHANGE_ON_RESUME = {
         "device",
         "num_threads",
         "max_bad_steps",
+    },
+    "performance": {
+        "compile",
+        "quantizers",
+        "attention",
+        "deterministic",
+        "activation_checkpointing",
+        "loss_chunk",
+        "prefetch",
+        "peak_tflops",
     },
     "evaluation": {"eval_every", "eval_max_tokens", "sample_prompt", "sample_tokens"},
     "checkpoint": {"save_every", "keep_last"},
@@ -186,12 +197,20 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
     out = flags.get("out") or file.get("out") or base.get("out")
     if not out:
         raise ConfigError("out must be given: pass --out DIR.")
+    recipe = _recipe(flags.get("recipe") or file.get("recipe"))
     sections: dict[str, Any] = {"model": _resolve_model(flags, file, saved)}
     for name, owner in SECTIONS.items():
         if name == "model":
             continue
-        layers = [base.get(name, {}), file.get(name, {}), flags.get(name, {})]
+        layers = [
+            base.get(name, {}),
+            dict(recipe.get(name, {})),
+            file.get(name, {}),
+            flags.get(name, {}),
+        ]
         _cancel_below(layers, _CANCELS.get(name, {}))
+        if name == "data":
+            _let_later_source_win(layers)
         merged = {key: value for layer in layers for key, value in layer.items()}
         for field in dataclasses.fields(owner):
             if field.default is dataclasses.MISSING and field.name not in merged:
@@ -203,6 +222,15 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
     return TrainConfig(out=str(out), **sections)
 
 
+def _recipe(name: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return the settings that a recipe's name stands for."""
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, found {name!r}.")
+    return RECIPES[name]
+
+
 def _cancel_below(layers: list[dict[str, Any]], cancels: Mapping[str, str]) -> None:
     """Remove from the layers below what a layer says in another way."""
     for i, layer in enumerate(layers):
@@ -210,6 +238,19 @@ def _cancel_below(layers: list[dict[str, Any]], cancels: Mapping[str, str]) -> N
             if layer.get(given) is not None and layer.get(cancelled) is None:
                 for j in range(i):
                     layers[j] = {k: v for k, v in layers[j].items() if k != cancelled}
+
+
+def _let_later_source_win(layers: list[dict[str, Any]]) -> None:
+    """Make ``directory`` of one layer cancel the files of those below it, and the reverse."""
+    files = {"train_file", "val_file"}
+    for i, layer in enumerate(layers):
+        cancelled: set[str] = set()
+        if layer.get("directory") is not None:
+            cancelled |= files | {"tokenizer"}  # the folder has its own
+        if any(layer.get(name) is not None for name in files):
+            cancelled.add("directory")
+        for j in range(i):
+            layers[j] = {k: v for k, v in layers[j].items() if k not in cancelled}
 
 
 def _resolve_model(flags: Layer, file: Layer, saved: TrainConfig | None) -> ModelConfig:

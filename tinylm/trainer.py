@@ -22,17 +22,19 @@ from tinylm.errors import ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
     EvalResult,
     evaluate,
-    sum_loss,
     ternary_codes,
     ternary_statistics,
 )
 from tinylm.model import TinyLM
 from tinylm.optim import Schedule, build_optimizer, set_step_hyperparameters
 from tinylm.parallel import choose_mode, parallelize
+from tinylm.performance import apply_performance, without_compilation
+from tinylm.prefetch import BatchQueue
 from tinylm.recorder import Recorder, SilentRecorder
 from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
 from tinylm.run_directory import RunDirectory
 from tinylm.stop_signals import StopSignals
+from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
 from tinylm.training_data import load_training_data
 
@@ -88,9 +90,21 @@ class Trainer:
         )
         torch.manual_seed(config.training.seed)  # the same weights in every process
         self.model = TinyLM.from_config(config.model).to(self.device).train()
+        apply_performance(
+            self.model,
+            config.performance,
+            self.device,
+            precision=config.training.precision,
+        )
         if not world.is_main:
             saved_state.seed_process(config.training.seed, step=0, rank=world.rank)
         self.parallel = parallelize(self.model, config.parallel, self.world)
+        self.batches = BatchQueue(
+            self.order,
+            self._make_parts,
+            depth=config.performance.prefetch,
+            pin=self.device.type == "cuda",
+        )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.precision = precision_context(config.training.precision, self.device)
         self.stop = StopSignals()
@@ -136,7 +150,7 @@ class Trainer:
                 f"{self.total_steps}."
             )
         same_random = restore_run(checkpoint, self._parts(), state)
-        self.order.load_state_dict(state.data_order)
+        self.batches.load_state_dict(state.data_order)
         self.state = state
         self._saved_step = state.step
         self._commit()
@@ -198,6 +212,12 @@ class Trainer:
                 "num_parameters": self.model.num_parameters(),
                 "total_steps": self.total_steps,
             },
+            throughput=Throughput.of(
+                self.model,
+                self.device,
+                peak_tflops=self.config.performance.peak_tflops,
+                num_devices=self.world.size,
+            ),
         )
 
     def _make_parts(self, indices: npt.NDArray[np.int64]) -> list[Batch]:
@@ -214,15 +234,17 @@ class Trainer:
         Args:
             with_statistics: Whether to compare the ternary codes before and after.
         """
-        parts = self._make_parts(next(self.order))
+        parts = next(self.batches)
         num_tokens = int(self.world.sum([sum(part.num_labels for part in parts)])[0])
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             part = part.to(self.device)
             with self.parallel.last_part(i + 1 == len(parts)):
                 with self.precision:
-                    logits = self.parallel.compute(part.input_ids, part.attention_mask)  # [B, S, V]
-                part_loss = sum_loss(logits, part.labels) / num_tokens
+                    total = self.parallel.compute(
+                        part.input_ids, part.attention_mask, labels=part.labels
+                    )
+                part_loss = total / num_tokens
                 # The engines average gradients over the processes; wanted is their sum.
                 (part_loss * self.world.size).backward()
             loss += part_loss.detach()
@@ -266,7 +288,7 @@ class Trainer:
     def _count_and_record(self, result: saved_state.StepResult, seconds: float) -> None:
         """Count a step that was done, and stop the run if it diverged."""
         state = self.state
-        state.data_order = self.order.state_dict()
+        state.data_order = self.batches.state_dict()
         self.recorder.time_step(seconds, result.num_tokens)
         if not result.accepted:
             state.rejected_steps += 1
@@ -328,21 +350,22 @@ class Trainer:
 
     def evaluate(self) -> EvalResult | None:
         """Measure the model on the held-out text; None if a signal asked to stop meanwhile."""
-        return evaluate(
-            self.model,
-            self.data.val,
-            batch_size=self.plan.part_size,
-            max_tokens=self.config.evaluation.eval_max_tokens,
-            precision=self.precision,
-            should_stop=self._agree_to_stop,
-            world=self.world,
-        )
+        with without_compilation():
+            return evaluate(
+                self.model,
+                self.data.val,
+                batch_size=self.plan.part_size,
+                max_tokens=self.config.evaluation.eval_max_tokens,
+                precision=self.precision,
+                should_stop=self._agree_to_stop,
+                world=self.world,
+            )
 
     def sample_text(self) -> str:
         """Continue the sample prompt, with a fixed seed that leaves the run's own alone."""
         ids = torch.tensor([self.data.sample_ids], device=self.device)  # [1, S]
         generator = torch.Generator(self.device).manual_seed(SAMPLE_SEED)
-        with self.precision:
+        with self.precision, without_compilation():
             out = self.model.generate(
                 ids,
                 max_new_tokens=self.config.evaluation.sample_tokens,

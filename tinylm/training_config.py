@@ -8,6 +8,7 @@ puts the layers (defaults, file, flags) together.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from tinylm.config import ModelConfig
@@ -18,7 +19,21 @@ SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
 PARALLEL_MODES = ("ddp", "fsdp", "hsdp")
 DEFAULT_BATCH_SIZE = 16
+QUANTIZERS = ("auto", "torch", "triton")
+ATTENTION = ("auto", "flash", "cudnn", "sdpa", "plain")
+DEFAULT_LOSS_CHUNK = 4096
+PREPARED_TOKENIZER = "tokenizer"  # folder of the tokenizer in prepared data
 DEFAULT_PRESET = "tinylm-300m"
+# Settings by section that a name stands for; a config file and flags win over them.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    # microsoft/unilm, The Era of 1-bit LLMs: Training Tips, Code and FAQ, table of the 700M model.
+    # The schedule's own defaults follow it too: 1.5e-3, from half way 1e-3 and no weight decay.
+    "two-stage": {
+        "schedule": {"kind": "two-stage", "warmup_steps": 375},
+        "optimizer": {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
+    },
+}
 
 
 def setting(
@@ -60,12 +75,24 @@ class DataConfig:
     """Text and tokenizer.
 
     Raises:
-        ConfigError: A file is not named or a count is out of range.
+        ConfigError: A file is not named, two sources are, or a count is out of range.
     """
 
-    train_file: str = setting(help='Training text: JSON lines {"text": ...}, plain or .gz.')
-    val_file: str = setting(help="Held-out text in the same form.")
-    tokenizer: str = setting(DEFAULT_TOKENIZER, help="Directory, file or Hugging Face hub id.")
+    directory: str | None = setting(
+        None, help="Folder from tinylm data prepare, instead of the two files.", flag="data"
+    )
+    verify: bool = setting(
+        True, help="Compare the folder's files with their digests first.", flag="verify_data"
+    )
+    train_file: str | None = setting(
+        None, help='Training text: JSON lines {"text": ...}, plain or .gz.'
+    )
+    val_file: str | None = setting(None, help="Held-out text in the same form.")
+    tokenizer: str = setting(
+        None,
+        help=f"Directory, file or Hugging Face hub id. Default: {DEFAULT_TOKENIZER}; with --data "
+        "the folder's.",
+    )
     packing: bool = setting(
         True, help="Fill every sequence with consecutive documents, or pad one document a row."
     )
@@ -75,9 +102,24 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_file", "val_file", "tokenizer"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must be given: pass --{name.replace('_', '-')}.")
+        for name in ("train_file", "val_file"):
+            if self.directory and getattr(self, name):
+                raise ConfigError(
+                    f"give --data or --train-file and --val-file, not both; found data "
+                    f"{self.directory!r} and {name} {getattr(self, name)!r}."
+                )
+            if not self.directory and not getattr(self, name):
+                raise ConfigError(
+                    f"{name} must be given: pass --{name.replace('_', '-')}, or --data with a "
+                    "folder from tinylm data prepare."
+                )
+        if self.tokenizer is None:
+            own = DEFAULT_TOKENIZER
+            if self.directory:
+                own = str(Path(self.directory) / PREPARED_TOKENIZER)
+            object.__setattr__(self, "tokenizer", own)
+        if not self.tokenizer:
+            raise ConfigError("tokenizer must be given: pass --tokenizer.")
         _positive(self, "num_proc")
 
 
@@ -233,6 +275,48 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PerformanceConfig:
+    """What makes a step faster or smaller; only the last bits of sums depend on it.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    compile: bool = setting(
+        False, help="Compile layers and loss with torch.compile: a minute at first, then faster."
+    )
+    quantizers: str = setting(
+        "auto",
+        help="BitLinear's quantisers where nothing is compiled. auto: triton on a GPU.",
+        choices=QUANTIZERS,
+    )
+    attention: str = setting(
+        "auto",
+        help="auto: flash-attn if installed, else PyTorch's. cudnn: cuDNN's by way of PyTorch.",
+        choices=ATTENTION,
+    )
+    deterministic: bool = setting(
+        False, help="Only kernels that give the same bits each time: exact resume on a GPU, slower."
+    )
+    activation_checkpointing: bool = setting(
+        False, help="Compute each layer's forward pass again in the backward one: less memory."
+    )
+    loss_chunk: int = setting(
+        DEFAULT_LOSS_CHUNK, help="Tokens whose logits are in memory at a time."
+    )
+    prefetch: int = setting(2, help="Batches read ahead in the background; 0: none.")
+    peak_tflops: float | None = setting(
+        None, help="Dense bf16 peak for MFU. Default: from a table of devices."
+    )
+
+    def __post_init__(self) -> None:
+        _one_of(self, "quantizers", QUANTIZERS)
+        _one_of(self, "attention", ATTENTION)
+        _positive(self, "loss_chunk", "peak_tflops")
+        _positive(self, "prefetch", zero=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured on the held-out text during training.
 
@@ -320,6 +404,7 @@ class TrainConfig:
         optimizer: AdamW.
         schedule: Learning rate.
         training: Length, batch, device.
+        performance: Speed and memory.
         evaluation: Measurements on held-out text.
         checkpoint: Saving.
         logging: Records.
@@ -335,6 +420,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     training: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    performance: PerformanceConfig = dataclasses.field(default_factory=PerformanceConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -374,6 +460,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "training": LoopConfig,
+    "performance": PerformanceConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "logging": LogConfig,

@@ -12,6 +12,7 @@ from tinylm.config import ModelConfig
 from tinylm.data import PackedSequences, PaddedSequences, TokenizedCorpus, load_corpus
 from tinylm.distributed import World
 from tinylm.errors import ConfigError
+from tinylm.shards import open_prepared
 from tinylm.tokenizer import load_tokenizer
 from tinylm.training_config import DataConfig, LoopConfig, TrainConfig
 from tinylm.training_state import fingerprint
@@ -29,7 +30,7 @@ class TrainingData:
         train: Training sequences.
         val: Held-out sequences.
         unigram_entropy: Of the held-out tokens, in nats: the loss of a model without context.
-        fingerprints: Of both files by field name.
+        fingerprints: Of both files, or of the prepared folder, by field name.
         sample_ids: The sample prompt's tokens, at least one.
     """
 
@@ -66,8 +67,7 @@ def load_training_data(
     """
     tokenizer = load_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
     with (world or World()).local_main_first():
-        train_corpus = _load(config.data.train_file, config.data, tokenizer, console)
-        val_corpus = _load(config.data.val_file, config.data, tokenizer, console)
+        train_corpus, val_corpus, fingerprints = _open(config.data, tokenizer, console)
     kind = PackedSequences if config.data.packing else PaddedSequences
     length = config.model.max_seq_len
     return TrainingData(
@@ -76,10 +76,7 @@ def load_training_data(
         train=kind(train_corpus, length),
         val=kind(val_corpus, length),
         unigram_entropy=val_corpus.unigram_entropy(),
-        fingerprints={
-            "train_file": fingerprint(config.data.train_file, train_corpus),
-            "val_file": fingerprint(config.data.val_file, val_corpus),
-        },
+        fingerprints=fingerprints,
         sample_ids=encode_prompt(
             tokenizer,
             config.evaluation.sample_prompt,
@@ -104,19 +101,40 @@ def _with_token_ids(model: ModelConfig, tokenizer: Any, source: str) -> ModelCon
     return model.replace(**ids)
 
 
+def _open(
+    data: DataConfig, tokenizer: Any, console: Console
+) -> tuple[TokenizedCorpus, TokenizedCorpus, dict[str, dict[str, Any]]]:
+    """Return training text, held-out text, and their fingerprints by field name."""
+    if data.directory is not None:
+        prepared = open_prepared(data.directory, tokenizer, verify=data.verify)
+        for split, corpus in (("training", prepared.train), ("held out", prepared.val)):
+            _say(f"{data.directory}, {split}", corpus, console)
+        return prepared.train, prepared.val, {"directory": prepared.fingerprint}
+    corpora, fingerprints = [], {}
+    for name in ("train_file", "val_file"):
+        path = getattr(data, name)
+        corpora.append(_load(path, data, tokenizer, console))
+        fingerprints[name] = fingerprint(path, corpora[-1])
+    return corpora[0], corpora[1], fingerprints
+
+
 def _load(path: str, data: DataConfig, tokenizer: Any, console: Console) -> TokenizedCorpus:
     corpus = load_corpus(
         path, tokenizer, skip_bad_lines=data.skip_bad_lines, num_proc=data.num_proc
     )
+    _say(path, corpus, console)
+    return corpus
+
+
+def _say(what: str, corpus: TokenizedCorpus, console: Console) -> None:
     skipped = f", {corpus.num_skipped:,} bad lines skipped" if corpus.num_skipped else ""
     console.print(
-        f"{path}: {corpus.num_docs:,} documents, {corpus.num_tokens:,} tokens, "
+        f"{what}: {corpus.num_docs:,} documents, {corpus.num_tokens:,} tokens, "
         f"{corpus.num_bytes:,} bytes{skipped}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
-    return corpus
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, max_seq_len: int, flag: str) -> list[int]:

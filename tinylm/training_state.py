@@ -174,6 +174,11 @@ def fingerprint(path: str, corpus: TokenizedCorpus) -> dict[str, Any]:
     }
 
 
+def _flag(name: str) -> str:
+    """Return the flag of a field that names data."""
+    return "--data" if name == "directory" else f"--{name.replace('_', '-')}"
+
+
 def check_same_data(
     saved: Mapping[str, Mapping[str, Any]],
     now: Mapping[str, Mapping[str, Any]],
@@ -189,13 +194,18 @@ def check_same_data(
     Raises:
         CheckpointError: A file or the tokenizer changed.
     """
+    if set(saved) != set(now):
+        raise CheckpointError(
+            f"the run was started with {' and '.join(map(_flag, saved))}, found "
+            f"{' and '.join(map(_flag, now))}. Name the source that it was started with."
+        )
     for name, new in now.items():
         old, path = saved[name], getattr(config.data, name)
         if (old["bytes"], old["sha256"]) != (new["bytes"], new["sha256"]):
             raise CheckpointError(
                 f"{path}: the {name.replace('_', ' ')} is not the one the run was started with: "
                 f"expected {old['bytes']} bytes with SHA-256 {old['sha256']}, found {new['bytes']} "
-                f"bytes with {new['sha256']}. Bring the old file back (--{name.replace('_', '-')} "
+                f"bytes with {new['sha256']}. Bring the old file back ({_flag(name)} "
                 "says where it is), or start a new run with another --out."
             )
         if old["tokens_sha256"] != new["tokens_sha256"]:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains tinylm-300m and its dense twin for the same steps on one GPU, in as many calls as it takes.
+#
+#   tools/real_run.sh DATA OUT STEPS [further flags of tinylm train]
+#
+# DATA is a folder of tinylm data prepare. A call ends by itself after LIMIT seconds (default 540)
+# and saves; the same call again goes on exactly there, first with OUT/ternary, then with OUT/dense.
+# Nothing is installed: PYTHON (default python3) needs torch, transformers, typer, rich and safetensors.
+set -euo pipefail
+[ $# -ge 3 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+data=$1 out=$2 steps=$3
+shift 3
+python=${PYTHON:-python3}
+deadline=$((SECONDS + ${LIMIT:-540}))
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+train() {
+    local name=$1 left=$((deadline - SECONDS)) resume=()
+    shift
+    if [ "$left" -lt 30 ]; then
+        echo "$name: no time left in this call; call again"
+        return
+    fi
+    if [ -e "$out/$name/training_config.json" ]; then resume=(--resume); fi
+    # SIGTERM saves and ends with 0; what does not end within a minute is killed.
+    timeout --preserve-status --signal=TERM --kill-after=60 "$left" \
+        "$python" -m tinylm.cli train --preset "${PRESET:-tinylm-300m}" --data "$data" \
+        --out "$out/$name" --max-steps "$steps" --json "$out/$name.json" \
+        --recipe two-stage --warmup-steps 200 --batch-size 32 --grad-accum-steps 2 \
+        --compile --eval-every 250 --save-every 1000000 --keep-last 1 \
+        --sample-prompt "The President of the United States" "$@" "${resume[@]}"
+}
+
+train ternary "$@"
+train dense --dense "$@"
