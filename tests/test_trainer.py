@@ -40,7 +40,8 @@ def test_training_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     summary = run.train()
     evaluations = {r["step"]: r for r in records(tmp_path, "eval")}
     assert list(evaluations) == [0, 20, 40, 60]
-    assert evaluations[0]["loss"] == pytest.approx(math.log(384), abs=0.8)
+    # Logits of a random model have a variance of about one.
+    assert evaluations[0]["loss"] == pytest.approx(math.log(384) + 0.5, abs=0.8)
     assert evaluations[60]["loss"] < evaluations[0]["loss"] - 0.7
     assert summary.val_loss == evaluations[60]["loss"] and not summary.stopped
     best = min((r for s, r in evaluations.items() if s), key=lambda r: r["loss"])["step"]
