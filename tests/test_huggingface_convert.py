@@ -68,6 +68,8 @@ def test_commands(checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
     code, out, _ = cli("convert", tmp_path / "hf", "--to", "checkpoint", "--out", tmp_path / "back")
     assert (code, out) == (0, f"{tmp_path / 'back'}: checkpoint\n")
     assert TinyLM.from_pretrained(tmp_path / "back").config.eos_token_id == 2
+    code, _, said = cli("generate", tmp_path / "hf", "--prompt", "def")
+    assert code == 2 and f"`tinylm convert {tmp_path / 'hf'} --to checkpoint" in said
     texts = []
     for directory in (checkpoint, tmp_path / "back"):
         options = ("--prompt", "def", "--max-new-tokens", 8, "--seed", 3)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tinylm.config import ModelConfig
-from tinylm.directory import check_sums, write_checksums, written_whole
+from tinylm.directory import SUMS_FILE, check_sums, write_checksums, written_whole
 from tinylm.distributed import like
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.model import TinyLM
@@ -156,8 +156,24 @@ def check_intact(directory: Path, *, training_state: bool = False) -> None:
         directory,
         required=(weights, CONFIG_FILE),
         error=CheckpointError,
-        hint=other_checkpoints(directory),
+        hint=_convert_hint(directory) or other_checkpoints(directory),
         skip=lambda name: name.startswith(f"{STATE_DIR}/") and not training_state,
+    )
+
+
+def _convert_hint(directory: Path) -> str:
+    """Say how a model that transformers saved becomes a checkpoint; nothing for all others."""
+    if (directory / SUMS_FILE).is_file():
+        return ""
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict) or "architectures" not in config:
+        return ""
+    return (
+        "It is a model of transformers: `tinylm convert "
+        f"{directory} --to checkpoint --out CHECKPOINT` makes a checkpoint of it."
     )
 
 
