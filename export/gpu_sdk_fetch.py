@@ -235,9 +235,10 @@ def fetch_bindings(progress: Progress = lambda text, fraction: None) -> Path:
 
 def importable(module: str) -> bool:
     """Whether this Python has a module."""
-    from importlib.util import find_spec
+    # Not importlib.util: once setuptools' hook is asked for pip, it lets nobody have its distutils.
+    from importlib.machinery import PathFinder
 
-    return find_spec(module) is not None
+    return PathFinder.find_spec(module) is not None
 
 
 def _pip() -> list[str]:

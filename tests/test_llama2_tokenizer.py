@@ -16,6 +16,7 @@ import pytest
 from tinylm.errors import TokenizerError
 from tinylm.paths import cache_dir
 from tinylm.tokenizer import load_tokenizer
+from tinylm_export.gpu_sdk_fetch import importable
 
 VECTORS_PACKAGE = "llama-cpp-python"
 VECTORS_VERSION = "0.3.36"
@@ -47,7 +48,7 @@ def folder() -> Path:
 
 
 def _pip() -> list[str]:
-    if importlib.util.find_spec("pip") is not None:
+    if importable("pip"):
         return [sys.executable, "-m", "pip"]
     pip = shutil.which("pip") or shutil.which("pip3")
     if pip is None:
