@@ -80,7 +80,7 @@ def assert_same_run(actual: Path, expected: Path, *, dense: bool = False) -> Non
         flips = [
             torch.tensor([r["flip_rate"] for r in records(o, "train")]) for o in (actual, expected)
         ]
-        torch.testing.assert_close(flips[0], flips[1], rtol=0.0, atol=1e-4)
+        torch.testing.assert_close(flips[0], flips[1], rtol=0.0, atol=1e-3)
 
 
 CASES = [("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
@@ -105,22 +105,23 @@ def test_without_codes_every_step_is_the_same(finished: Runs, mode: str, num: in
 def test_parts_of_a_share_add_up_to_the_same_step(
     finished: Runs, tmp_path: Path, mode: str
 ) -> None:
-    further = ("--parallel", mode, "--micro-batch-size", "1")
+    further = ("--parallel", mode, "--micro-batch-size", "1", "--dense")
     run_processes(2, arguments(tmp_path / "run", *further), tmp_path / "logs")
-    assert_same_run(tmp_path / "run", finished("ddp", 1))
+    assert_same_run(tmp_path / "run", finished("ddp", 1, dense=True), dense=True)
 
 
 @pytest.mark.parametrize(("mode", "num"), [("fsdp", 2), ("hsdp", 4)])
 def test_consolidated_shards_are_the_single_processs_checkpoint(
     finished: Runs, tmp_path: Path, mode: str, num: int
 ) -> None:
-    run = finished(mode, num)
+    # Dense, because a flipped code moves weights elsewhere: the files say nothing of it.
+    run, single = finished(mode, num, dense=True), finished("ddp", 1, dense=True)
     assert not list(run.rglob("model.safetensors"))
     with pytest.raises(SystemExit) as done:
         main(["consolidate", str(run), str(tmp_path / "out")])
     assert done.value.code == 0
     ours = load_file(tmp_path / "out/model.safetensors")
-    theirs = load_file(finished("ddp", 1) / "best/model.safetensors")
+    theirs = load_file(single / "best/model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
         n: (t.shape, t.dtype) for n, t in theirs.items()
     }
@@ -128,7 +129,7 @@ def test_consolidated_shards_are_the_single_processs_checkpoint(
         SHORT_RUN_WEIGHTS.assert_close(tensor, theirs[name])
         assert (tensor - theirs[name]).abs().median() < 1e-6, name
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {p.name for p in (finished("ddp", 1) / "best").iterdir()} - {"training_state"}
+    assert names == {p.name for p in (single / "best").iterdir()} - {"training_state"}
     assert load_model(tmp_path / "out")(torch.tensor([[1, 2, 3]])).shape == (1, 3, 512)
 
 

@@ -185,22 +185,23 @@ SAME_NORMS = Tolerance(
     reason="as SAME_SUMS, for the norm of gradients, whose own sums cancel in part",
 )
 SHORT_RUN = Tolerance(
-    rtol=3e-3,
+    rtol=1e-2,
     atol=0.0,
     reason="after some steps such a rounding moves a weight across a border between two codes or "
-    "an activation across one between two int8 steps, and each such step moves others; 4e-4 seen "
-    "after eight steps of 12 runs, most of which stayed within 1e-6",
+    "an activation across one between two int8 steps, and each such step moves others: most of 12 "
+    "runs stayed within 1e-6 over eight steps, some reached 4e-4, and one of another text 3e-4",
 )
 SHORT_RUN_NORMS = Tolerance(
-    rtol=2e-2,
+    rtol=5e-2,
     atol=0.0,
     reason="as SHORT_RUN, for the gradient's norm: 2e-3 seen",
 )
 SHORT_RUN_WEIGHTS = Tolerance(
     rtol=0.0,
     atol=1e-3,
-    reason="AdamW moves a weight by about the learning rate, 3e-3, a step whatever the gradient's "
-    "size, so where a gradient is nearly nothing its rounding decides; most weights agree to 1e-6",
+    reason="dense weights after eight steps: AdamW moves one by about the learning rate, 3e-3, a "
+    "step whatever the gradient's size, so where a gradient is nearly nothing its rounding "
+    "decides; 1e-4 seen, and most weights agree to 1e-8",
 )
 BFLOAT16_RUN = Tolerance(
     rtol=5e-3,
