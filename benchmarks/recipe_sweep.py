@@ -57,7 +57,7 @@ def prepare(work: Path) -> Path:
 def run(name: str, data: Path, work: Path, steps: int) -> dict[str, Any]:
     """Train, or take what an earlier call trained; return the curve of held-out text."""
     out = work / "runs" / name.replace(", ", "-").replace(" ", "")
-    result = out.with_suffix(".json")
+    result = out.parent / f"{out.name}.json"
     if not result.exists():
         tinylm(
             *("train", "--preset", "tinylm-demo", "--data", str(data), "--out", str(out)),
