@@ -10,11 +10,12 @@ import onnx_ir as ir
 import torch
 
 from tinylm_export.manifest import EngineManifest
+from tinylm_export.parity_trt import HALF_DTYPES
 from tinylm_export.to_onnx import ONNX_FILE
 from tinylm_export.trt_engine import ENGINE_FILE
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, **HALF_DTYPES}
 _SAMPLE = 256  # elements that tell a table from everything else
 
 

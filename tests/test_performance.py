@@ -13,7 +13,7 @@ import torch
 from model_helpers import make_model
 from rich.console import Console
 from tolerances import BIT_LINEAR_GRADIENT, COMPILED_DENSE_LOSS, COMPILED_LOSS, Tolerance
-from training_helpers import config, losses, records, trainer
+from training_helpers import config, losses, records, stop_after, trainer
 
 from tinylm import BitLinear, TinyLM, preset
 from tinylm.attention_backends import BackendChain, PlainBackend
@@ -75,13 +75,7 @@ def test_compiled_run_resumes_exactly(tmp_path: Path) -> None:
     trainer(tmp_path / "whole", **options).train()
     out = tmp_path / "parts"
     run = trainer(out, **options)
-    step = run.train_step
-
-    def stop_after_five(**kwargs: Any) -> Any:
-        run.stop.requested = run.state.step == 4
-        return step(**kwargs)
-
-    run.train_step = stop_after_five  # type: ignore[method-assign]
+    stop_after(run, 5)
     assert run.train().step == 5
     trainer(out, resume=True, **options).train()
     assert losses(out) == losses(tmp_path / "whole")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from training_helpers import VOCAB_SIZE, inputs, losses, trainer, write_jsonl
+from training_helpers import VOCAB_SIZE, inputs, losses, stop_after, trainer, write_jsonl
 
 from tinylm.cli import main
 from tinylm.corpus import load_corpus
@@ -127,13 +127,7 @@ def test_resumed_run_on_shards_sees_the_same_batches(tmp_path: Path, prepared: P
     for depth in (0, 1, 3):
         out = tmp_path / f"depth-{depth}"
         run = trainer(out, data=source, performance={"prefetch": depth})
-        step = run.train_step
-
-        def stop_after_three(run: Any = run, step: Any = step, **kwargs: Any) -> Any:
-            run.stop.requested = run.state.step == 2
-            return step(**kwargs)
-
-        run.train_step = stop_after_three  # type: ignore[method-assign]
+        stop_after(run, 3)
         assert run.train().step == 3
         trainer(out, resume=True, data=source, performance={"prefetch": 2}).train()
     assert losses(tmp_path / "depth-0") == losses(tmp_path / "depth-1")

@@ -20,6 +20,7 @@ from training_helpers import (
     losses,
     records,
     start_process,
+    stop_after,
     trainer,
     write_jsonl,
 )
@@ -171,13 +172,7 @@ def test_several_threads_are_exact_too(tmp_path: Path) -> None:
         trainer(tmp_path / "reference", **two).train()
         out = tmp_path / "run"
         run = trainer(out, **two)
-        step = run.train_step
-
-        def stop_after_five(**kwargs: Any) -> Any:
-            run.stop.requested = run.state.step == 4
-            return step(**kwargs)
-
-        run.train_step = stop_after_five  # type: ignore[method-assign]
+        stop_after(run, 5)
         assert run.train().step == 5
         trainer(out, resume=True, **two).train()
     finally:

@@ -90,6 +90,17 @@ def trainer(out: Path, *, resume: bool = False, **sections: dict[str, Any]) -> T
     return Trainer(config(out, **sections), resume=resume, console=Console(file=io.StringIO()))
 
 
+def stop_after(run: Trainer, num_steps: int) -> None:
+    """Let a run stop by itself after its step of that number, as a signal would have it."""
+    step = run.train_step
+
+    def step_and_stop(**kwargs: Any) -> Any:
+        run.stop.requested = run.state.step == num_steps - 1
+        return step(**kwargs)
+
+    run.train_step = step_and_stop  # type: ignore[method-assign]
+
+
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]

@@ -192,6 +192,12 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
     return np.dtype(np.uint16 if num_token_ids(tokenizer) <= 1 << 16 else np.uint32)
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills a row: the tokenizer's, or its end of sequence where it has none."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 def _open(
     folder: Path, path: Path, tokenizer: PreTrainedTokenizerBase, fingerprint: str
 ) -> TokenizedCorpus | None:
@@ -204,7 +210,6 @@ def _open(
         return None
     if len(doc_ends) == 0 or doc_ends[-1] != len(tokens):
         return None
-    pad = tokenizer.pad_token_id
     return TokenizedCorpus(
         path=path,
         tokens=tokens,
@@ -212,7 +217,7 @@ def _open(
         num_bytes=meta["num_bytes"],
         num_skipped=meta["num_skipped"],
         first_problem=meta["first_problem"],
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        pad_token_id=padding_id(tokenizer),
         fingerprint=fingerprint,
     )
 

@@ -56,16 +56,21 @@ MAY_CHANGE_ON_RESUME = {
     "parallel": {"mode", "replicas"},
 }
 # What a given name cancels in the layers below: the other way to say the same, or a detail of it.
-_CANCELS = {
-    "training": {
-        "max_steps": "epochs",
-        "epochs": "max_steps",
-        "batch_size": "batch_tokens",
-        "batch_tokens": "batch_size",
-        "grad_accum_steps": "micro_batch_size",
-        "micro_batch_size": "grad_accum_steps",
+_CANCELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "data": {
+        "directory": ("train_file", "val_file", "tokenizer"),  # the folder has its own
+        "train_file": ("directory",),
+        "val_file": ("directory",),
     },
-    "parallel": {"mode": "replicas"},
+    "training": {
+        "max_steps": ("epochs",),
+        "epochs": ("max_steps",),
+        "batch_size": ("batch_tokens",),
+        "batch_tokens": ("batch_size",),
+        "grad_accum_steps": ("micro_batch_size",),
+        "micro_batch_size": ("grad_accum_steps",),
+    },
+    "parallel": {"mode": ("replicas",)},
 }
 
 
@@ -209,8 +214,6 @@ def resolve(flags: Layer, file: Layer, saved: TrainConfig | None = None) -> Trai
             flags.get(name, {}),
         ]
         _cancel_below(layers, _CANCELS.get(name, {}))
-        if name == "data":
-            _let_later_source_win(layers)
         merged = {key: value for layer in layers for key, value in layer.items()}
         for field in dataclasses.fields(owner):
             if field.default is dataclasses.MISSING and field.name not in merged:
@@ -231,24 +234,16 @@ def _recipe(name: str | None) -> Mapping[str, Mapping[str, Any]]:
     return RECIPES[name]
 
 
-def _cancel_below(layers: list[dict[str, Any]], cancels: Mapping[str, str]) -> None:
+def _cancel_below(layers: list[dict[str, Any]], cancels: Mapping[str, tuple[str, ...]]) -> None:
     """Remove from the layers below what a layer says in another way."""
     for i, layer in enumerate(layers):
-        for given, cancelled in cancels.items():
-            if layer.get(given) is not None and layer.get(cancelled) is None:
-                for j in range(i):
-                    layers[j] = {k: v for k, v in layers[j].items() if k != cancelled}
-
-
-def _let_later_source_win(layers: list[dict[str, Any]]) -> None:
-    """Make ``directory`` of one layer cancel the files of those below it, and the reverse."""
-    files = {"train_file", "val_file"}
-    for i, layer in enumerate(layers):
-        cancelled: set[str] = set()
-        if layer.get("directory") is not None:
-            cancelled |= files | {"tokenizer"}  # the folder has its own
-        if any(layer.get(name) is not None for name in files):
-            cancelled.add("directory")
+        cancelled = {
+            name
+            for given, others in cancels.items()
+            if layer.get(given) is not None
+            for name in others
+            if layer.get(name) is None
+        }
         for j in range(i):
             layers[j] = {k: v for k, v in layers[j].items() if k not in cancelled}
 

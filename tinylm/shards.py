@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tinylm.corpus import TokenizedCorpus, tokenizer_digest
+from tinylm.corpus import TokenizedCorpus, padding_id, tokenizer_digest
 from tinylm.directory import sha256
 from tinylm.errors import DataError, TokenizerError
 from tinylm.training_config import PREPARED_TOKENIZER
@@ -179,7 +179,6 @@ def _open_split(
             f"{directory}: the index names {entry['num_tokens']} {split} tokens, the shards hold "
             f"{len(tokens)} and the last document ends at {doc_ends[-1]}. {_AGAIN}"
         )
-    pad = tokenizer.pad_token_id
     return TokenizedCorpus(
         path=directory,
         tokens=tokens,
@@ -187,6 +186,6 @@ def _open_split(
         num_bytes=entry["num_bytes"],
         num_skipped=index["num_skipped"],
         first_problem=index["first_problem"],
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        pad_token_id=padding_id(tokenizer),
         fingerprint=index["tokenizer_sha256"],
     )
