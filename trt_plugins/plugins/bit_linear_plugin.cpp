@@ -102,9 +102,7 @@ bool BitLinearPlugin::supportsFormatCombination(std::int32_t pos,
                                                 const DynamicPluginTensorDesc* tensors,
                                                 std::int32_t count, std::int32_t) noexcept {
   const PluginTensorDesc& desc = tensors[pos].desc;
-  if (pos == kX) {
-    return is_element_type(desc.type) && desc.format == nvinfer1::TensorFormat::kLINEAR;
-  }
+  if (pos == kX) return is_linear_activation(desc);
   if (pos == kWeight) return is_linear(desc, DataType::kINT8);
   if (pos == kWeightScale || (has_norm_ && pos == kOptional)) {
     return is_linear(desc, DataType::kFLOAT);

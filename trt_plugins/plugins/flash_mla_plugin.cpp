@@ -129,7 +129,7 @@ bool FlashMlaPlugin::supportsFormatCombination(std::int32_t pos,
   const PluginTensorDesc& desc = tensors[pos].desc;
   switch (pos) {
     case kQkv:
-      return is_element_type(desc.type) && desc.format == nvinfer1::TensorFormat::kLINEAR;
+      return is_linear_activation(desc);
     case kKvB:
     case kPastLatent:
     case kNumInputs + kPresentLatent:

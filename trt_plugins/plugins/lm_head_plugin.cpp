@@ -78,7 +78,7 @@ bool LmHeadPlugin::supportsFormatCombination(std::int32_t pos,
   const PluginTensorDesc& desc = tensors[pos].desc;
   switch (pos) {
     case kX:
-      return is_element_type(desc.type) && desc.format == nvinfer1::TensorFormat::kLINEAR;
+      return is_linear_activation(desc);
     case kTable:
       return is_linear(desc, tensors[kX].desc.type);
     case kSeqLens:

@@ -1,15 +1,12 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace tinylm::plugins {
 
 using nvinfer1::DataType;
 using nvinfer1::Dims;
-
-bool is_element_type(DataType type) {
-  return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
-}
 
 cuda::DataType element_type(DataType type) {
   switch (type) {
@@ -49,6 +46,12 @@ void require_shape(const char* tensor, const Dims& found,
 
 bool is_linear(const nvinfer1::PluginTensorDesc& desc, DataType type) {
   return desc.format == nvinfer1::TensorFormat::kLINEAR && desc.type == type;
+}
+
+bool is_linear_activation(const nvinfer1::PluginTensorDesc& desc) {
+  const std::initializer_list<DataType> types{DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
+  return std::any_of(types.begin(), types.end(),
+                     [&](DataType type) { return is_linear(desc, type); });
 }
 
 std::int64_t num_rows(const Dims& dims) {

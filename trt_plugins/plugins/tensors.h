@@ -17,9 +17,6 @@ namespace tinylm::plugins {
 /// @throws std::invalid_argument Another type than float, half and bfloat16.
 cuda::DataType element_type(nvinfer1::DataType type);
 
-/// Whether plugins take tensors of this type as activations.
-bool is_element_type(nvinfer1::DataType type);
-
 std::string to_string(const nvinfer1::Dims& dims);
 
 /// Checks a shape.
@@ -30,6 +27,9 @@ void require_shape(const char* tensor, const nvinfer1::Dims& found,
 
 /// Whether position `pos` of a plugin's tensors is of a type and in the linear format.
 bool is_linear(const nvinfer1::PluginTensorDesc& desc, nvinfer1::DataType type);
+
+/// The same for activations: any of element_type()'s types.
+bool is_linear_activation(const nvinfer1::PluginTensorDesc& desc);
 
 /// Product of all sizes but the last.
 std::int64_t num_rows(const nvinfer1::Dims& dims);
