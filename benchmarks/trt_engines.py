@@ -90,14 +90,20 @@ def export_model(work: Work) -> None:
     work.save("export", values)
 
 
-def build(work: Work, name: str) -> None:
+def build(work: Work, name: str, max_batch_size: int) -> None:
     """Build one engine and measure its file."""
     from tinylm_export.engine_tables import table_bytes
     from tinylm_export.to_engine import build_engine
 
     kind = ENGINES[name]
     onnx = work.onnx[kind.activation]
-    manifest = build_engine(onnx, work.engine(name), dtype=kind.dtype, dense=kind.dense)
+    manifest = build_engine(
+        onnx,
+        work.engine(name),
+        dtype=kind.dtype,
+        dense=kind.dense,
+        max_batch_size=max_batch_size,
+    )
     tables = table_bytes(work.engine(name), onnx)
     found = {
         "engine_bytes": manifest.engine_bytes,
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--onnx-int8", type=Path, help="exported directory, instead of the 300M")
     parser.add_argument("--onnx-fp8", type=Path, help="the same with fp8 activations")
     parser.add_argument("--tokens", type=Path, help="held-out tokens as .npy; default random")
+    parser.add_argument("--max-batch-size", type=int, default=8, help="most rows of an engine")
     parser.add_argument("--num-tokens", type=int, default=2048, help="tokens for parity")
     parser.add_argument("--program", type=Path, help="tinylm-run, to compare its texts")
     parser.add_argument("--prompts", type=int, default=20, help="texts to generate")
@@ -200,7 +207,9 @@ def main() -> None:
     if not all(given.values()):
         parts["export"] = lambda: export_model(work)
     for engine in engines:
-        parts[f"build-{engine}"] = lambda engine=engine: build(work, engine)
+        parts[f"build-{engine}"] = lambda engine=engine: build(
+            work, engine, arguments.max_batch_size
+        )
     for activation in ACTIVATIONS:
         parts[f"parity-{activation}"] = lambda activation=activation: parity(
             work, activation, arguments.num_tokens
