@@ -23,7 +23,7 @@ class LogitMeter:
         self.limits = limits or LogitLimits()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.count = 0
-        self.top1 = 0
+        self.same_top1: list[Tensor] = []  # bool [M] of each addition
         self.max_abs = self.sum_abs = self.sum_kl = self.max_kl = 0.0
 
     def add(self, reference: Tensor, found: Tensor) -> None:
@@ -39,7 +39,7 @@ class LogitMeter:
         log_p, log_q = (x.double().log_softmax(dim=-1) for x in (reference, found))
         kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
         self.count += len(reference)
-        self.top1 += int((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+        self.same_top1.append((reference.argmax(dim=-1) == found.argmax(dim=-1)).cpu())
         # max() of Python would lose a NaN that comes second.
         self.max_abs = float(torch.tensor(self.max_abs).maximum(difference.max().cpu()))
         self.max_kl = float(torch.tensor(self.max_kl).maximum(kl.max().cpu()))
@@ -55,6 +55,20 @@ class LogitMeter:
             mean_abs=self.sum_abs / self.count,
             mean_kl=max(self.sum_kl / self.count, 0.0),
             max_kl=self.max_kl,
-            top1_agreement=self.top1 / self.count,
+            top1_agreement=int(torch.cat(self.same_top1).sum()) / self.count,
             limits=self.limits,
         )
+
+
+def top1_error(meter: LogitMeter, other: LogitMeter) -> float:
+    """Return the standard error of the difference between two top-1 agreements.
+
+    Only positions where one agrees and the other does not tell them apart: ``sqrt(n01 + n10) / n``
+    (McNemar, 1947).
+
+    Args:
+        meter: Has compared some positions.
+        other: Has compared the same ones in the same order.
+    """
+    pairs = zip(meter.same_top1, other.same_top1, strict=True)
+    return sum(int((a != b).sum()) for a, b in pairs) ** 0.5 / meter.count

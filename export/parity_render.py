@@ -78,7 +78,8 @@ def _logits_table(report: ParityReport) -> Table:
         if runtime.own:
             table.caption += (
                 f"; limits: mean KL {limit('half_kl_ratio'):g} times PyTorch's own, top-1 "
-                f"{limit('half_top1_drop'):.1%} below it"
+                f"{limit('half_top1_drop'):.1%} and {limit('half_top1_errors'):g} standard errors "
+                "below it"
             )
         elif runtime.logits[0].limits.max_abs is None:
             table.caption += "; max |Δ| not limited"

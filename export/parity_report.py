@@ -24,19 +24,22 @@ class LogitLimits:
     top1_agreement: float = dataclasses.field(default_factory=lambda: limit("top1_agreement"))
 
     @classmethod
-    def of_engine(cls, own: LogitAgreement | None) -> LogitLimits:
+    def of_engine(cls, own: LogitAgreement | None, top1_error: float = 0.0) -> LogitLimits:
         """Return an engine's limits.
 
         Args:
             own: How PyTorch's own run in the engine's type agrees with PyTorch float32 at the same
                 positions; None for a float32 engine.
+            top1_error: Standard error of the difference between both top-1 agreements.
         """
         if own is None:
             return cls(max_abs=None)
         return cls(
             max_abs=None,
             mean_kl=limit("half_kl_ratio") * own.mean_kl,
-            top1_agreement=own.top1_agreement - limit("half_top1_drop"),
+            top1_agreement=own.top1_agreement
+            - limit("half_top1_drop")
+            - limit("half_top1_errors") * top1_error,
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinylm.bitlinear import PackedBitLinear
 from tinylm.errors import ExportError
 from tinylm.model import TinyLM
-from tinylm_export.logit_meter import LogitMeter
+from tinylm_export.logit_meter import LogitMeter, top1_error
 from tinylm_export.manifest import EngineManifest
 from tinylm_export.parity_batch import (
     ParityBatch,
@@ -171,7 +171,9 @@ def compare_engine(
             done += len(part.seq_lens)
             progress(f"{runtime.name}: {phase}", done / len(batch.seq_lens))
         own = None if own_logits is None else own_meter.result()
-        phases.append(dataclasses.replace(meter.result(), limits=LogitLimits.of_engine(own)))
+        error = 0.0 if own is None else top1_error(meter, own_meter)
+        limits = LogitLimits.of_engine(own, error)
+        phases.append(dataclasses.replace(meter.result(), limits=limits))
         own_phases += [] if own is None else [own]
     return RuntimeReport(
         runtime=runtime.name,

@@ -16,7 +16,7 @@ from native_helpers import needs_library
 from tinylm.checkpoint import save_model
 from tinylm.directory import write_checksums
 from tinylm.errors import CheckpointError, DataError, ExportError
-from tinylm_export.logit_meter import LogitMeter
+from tinylm_export.logit_meter import LogitMeter, top1_error
 from tinylm_export.op_probe import _step_index
 from tinylm_export.parity import run_parity
 from tinylm_export.parity_batch import make_batch
@@ -216,6 +216,17 @@ def test_logit_meter_against_formulas() -> None:
     assert result.max_abs == pytest.approx(np.abs(p - q).max())
     assert result.mean_abs == pytest.approx(np.abs(p - q).mean())
     assert result.top1_agreement == np.mean(p.argmax(axis=1) == q.argmax(axis=1))
+
+
+def test_the_error_of_a_difference_in_top1_agreement() -> None:
+    # Positions where only one of them agrees: two of five. With no such position there is none.
+    reference = torch.eye(5)
+    meter, other = LogitMeter("decode"), LogitMeter("decode")
+    for rows in (slice(0, 2), slice(2, 5)):
+        meter.add(reference[rows], reference[[1, 0, 2, 3, 4]][rows])
+        other.add(reference[rows], reference[[1, 2, 2, 4, 3]][rows])
+    assert top1_error(meter, other) == pytest.approx(math.sqrt(2) / 5)
+    assert top1_error(meter, meter) == 0.0
 
 
 @pytest.mark.parametrize("nan_first", [True, False])
