@@ -17,6 +17,27 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+/// Launches a kernel that may begin before the stream's kernel before it ends, and so calls
+/// wait_for_previous_kernel(); clusters of `cluster` thread blocks.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, std::int64_t bytes,
+                         int cluster, cudaStream_t stream, Arguments... arguments) {
+  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
 /// Calls f(T{}) with the element type.
 template <typename F>
 cudaError_t with_type(DataType type, F f) {

@@ -14,20 +14,44 @@ RowSource<T> row_source(const BitLinearParams& p) {
   return {static_cast<const T*>(p.x), p.norm_weight, p.eps, static_cast<int>(p.k), p.gated};
 }
 
-template <Activation kActivation, typename T>
+/// The order of rows that bit_linear()'s kernels take.
+RowLayout layout_of(const BitLinearParams& p) {
+  // fp8 tensor cores are not exact: float32 tensors keep to digits.
+  const bool digits = p.activation == Activation::kFp8E4m3 && p.type == DataType::kFloat;
+  return digits ? RowLayout::kFragments : row_layout(p.m);
+}
+
+template <Activation kActivation, bool kRaw, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
   // Many short rows: a warp for each, which never waits for another.
-  constexpr std::int64_t kManyRows = 512, kShort = 4096;
-  const bool by_warp = p.m >= kManyRows && p.k <= kShort;
-  const auto kernel =
-      by_warp ? quantize_rows<32, kActivation, T> : quantize_rows<kQuantizeThreads, kActivation, T>;
-  const std::int64_t rows_at_once = by_warp ? kQuantizeThreads / 32 : 1;
-  const auto bytes = rows_at_once * p.k * static_cast<std::int64_t>(sizeof(float));
-  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-  kernel<<<static_cast<unsigned>((p.m + rows_at_once - 1) / rows_at_once), kQuantizeThreads, bytes,
-           stream>>>(row_source<T>(p), p.m, num_blocks(p.k), rows);
-  return cudaGetLastError();
+  constexpr std::int64_t kManyRows = 512, kShort = 1024;
+  const auto launch = [&](auto kernel, std::int64_t rows_at_once, std::int64_t floats) {
+    const auto grid = static_cast<unsigned>((p.m + rows_at_once - 1) / rows_at_once);
+    return launch_early(kernel, grid, kQuantizeThreads,
+                        floats * static_cast<std::int64_t>(sizeof(float)), 1, stream,
+                        row_source<T>(p), p.m, num_blocks(p.k), rows);
+  };
+  constexpr int kAll = kQuantizeThreads;
+  const std::int64_t k = round_up(p.k, kBlockInputs);
+  if (p.m >= kManyRows && k <= kShort) {
+    return launch(quantize_rows<32, 8, kActivation, kRaw, T>, kAll / 32, 0);
+  }
+  if (k <= 4 * kAll) return launch(quantize_rows<kAll, 1, kActivation, kRaw, T>, 1, 0);
+  if (k <= 16 * kAll) return launch(quantize_rows<kAll, 4, kActivation, kRaw, T>, 1, 0);
+  if (k <= 32 * kAll) return launch(quantize_rows<kAll, 8, kActivation, kRaw, T>, 1, 0);
+  return launch(quantize_rows<kAll, 0, kActivation, kRaw, T>, 1, p.k);
+}
+
+template <Activation kActivation, typename T>
+cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
+                            cudaStream_t stream) {
+  if constexpr (kActivation == Activation::kFp8E4m3 && !std::is_same_v<T, float>) {
+    if (rows.layout == RowLayout::kSwizzled) {
+      return launch_quantize<kActivation, true, T>(p, rows, stream);
+    }
+  }
+  return launch_quantize<kActivation, false, T>(p, rows, stream);
 }
 
 template <Activation kActivation, typename T>
@@ -42,9 +66,9 @@ cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) 
         row_source<T>(p), {p.weight, num_blocks(p.k)}, out);
     return cudaGetLastError();
   }
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation);
+  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
-  return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}}, out, stream);
+  return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}, p.plan}, out, stream);
 }
 
 /// Back from the order of fragments to [m, k].
@@ -54,9 +78,12 @@ __global__ void gather_quantized(QuantizedRows rows, void* q, float* s, int k, i
   for (int i = threadIdx.x; i < k; i += blockDim.x) {
     int value = 0;
     for (int digit = num_digits(kActivation) - 1; digit >= 0; --digit) {
-      const std::int64_t at = activation_offset(row, i / 4 * 4, blocks) + i % 4;
-      value =
-          value * 256 + static_cast<std::int8_t>(rows.activations[digit * rows.digit_bytes + at]);
+      const std::uint8_t* word = detail::quantized_word(rows, digit, row, i / 4 * 4, blocks);
+      value = value * 256 + static_cast<std::int8_t>(word[i % 4]);
+      if (kActivation == Activation::kFp8E4m3 && rows.layout == RowLayout::kSwizzled) {
+        value = detail::fp8_units(static_cast<__nv_fp8_storage_t>(word[i % 4]));
+        // As it is, in digit 0, the last one here.
+      }
     }
     if (kActivation == Activation::kInt8) {
       static_cast<std::int8_t*>(q)[row * k + i] = static_cast<std::int8_t>(value);
@@ -89,7 +116,7 @@ cudaError_t quantize(const BitLinearParams& p, void* q, float* s, void* workspac
                      cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.m == 0) return cudaSuccess;
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, p.activation);
+  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, p.activation, layout_of(p));
   return with_type(p.type, [&](auto element) {
     using T = decltype(element);
     const auto run_one = [&](auto activation) {
@@ -108,13 +135,13 @@ cudaError_t quantize(const BitLinearParams& p, void* q, float* s, void* workspac
 
 cudaError_t accumulate_int8(const std::int8_t* q, const std::uint8_t* weight, std::int64_t m,
                             std::int64_t n, std::int64_t k, std::int32_t* sums, void* workspace,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, const ProductPlan* plan) {
   if (m < 0 || n <= 0 || k <= 0 || k % 4 != 0 || k > kMaxInputs) return cudaErrorInvalidValue;
   if (m == 0) return cudaSuccess;
   const QuantizedRows rows = cut_workspace(workspace, m, k, Activation::kInt8);
   if (const auto error = launch_arrange(q, nullptr, m, k, rows, {}, stream)) return error;
   const Output<std::int32_t> out{sums, nullptr, nullptr, n};
-  return launch_product<Activation::kInt8>({rows, weight, m, k, {}}, out, stream);
+  return launch_product<Activation::kInt8>({rows, weight, m, k, {}, plan}, out, stream);
 }
 
 }  // namespace tinylm::cuda

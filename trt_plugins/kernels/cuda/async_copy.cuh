@@ -1,0 +1,133 @@
+// Hopper's copies in bulk, the barriers in shared memory that count their bytes, clusters, and
+// programmatic dependent launch. On older GPUs the launch's functions do nothing, the rest is
+// absent.
+#pragma once
+
+#include <cstdint>
+
+namespace tinylm::cuda {
+
+/// Lets the next kernel on the stream begin, up to its wait_for_previous_kernel().
+__device__ inline void launch_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until everything that the stream's earlier kernels wrote is there.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/// The address of the same place in the shared memory of the cluster's thread block `rank`.
+__device__ inline std::uint32_t cluster_address(std::uint32_t shared, int rank) {
+  std::uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+  return there;
+}
+
+__device__ inline int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// Every thread of every thread block of the cluster.
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+/// A barrier in shared memory: a phase ends when all arrivals and announced bytes have come.
+struct CopyBarrier {
+  std::uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(arrivals)
+                 : "memory");
+  }
+  /// Arrives and announces bytes of copies.
+  __device__ void expect(int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  /// Arrives at this barrier of another thread block of the cluster.
+  __device__ void arrive_at(int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                     cluster_address(shared_address(this), rank))
+                 : "memory");
+  }
+  /// Waits for the end of the phase of this parity.
+  __device__ void wait(int parity) {
+    asm volatile(
+        "{ .reg .pred done; again: "
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+  /// The same, after which other thread blocks' accesses are ordered too.
+  __device__ void wait_cluster(int parity) {
+    asm volatile(
+        "{ .reg .pred done; again: "
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+/// Makes initialised barriers known to copies and to the cluster.
+__device__ inline void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Copies from global to shared memory; addresses and bytes are multiples of 16.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, CopyBarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+/// The same to the same place of every thread block of the cluster in `ranks`, one bit each.
+__device__ inline void copy_bulk_to(void* to, const void* from, int bytes, CopyBarrier& barrier,
+                                    std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "h"(ranks)
+      : "memory");
+}
+
+/// 16 bytes of another thread block's shared memory.
+__device__ inline uint4 load_cluster(std::uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+}  // namespace tinylm::cuda
