@@ -25,6 +25,21 @@ __device__ inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+namespace detail {
+/// 16 bytes to shared memory, zeros unless they exist.
+__device__ inline void copy_async(void* to, const void* from, bool exists) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+}  // namespace detail
+
 /// The address of the same place in the shared memory of the cluster's thread block `rank`.
 __device__ inline std::uint32_t cluster_address(std::uint32_t shared, int rank) {
   std::uint32_t there;
@@ -68,6 +83,11 @@ struct CopyBarrier {
   }
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  /// Arrives when this thread's copy_async() so far have come.
+  __device__ void arrive_after_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this))
+                 : "memory");
   }
   /// Arrives at this barrier of another thread block of the cluster.
   __device__ void arrive_at(int rank) {

@@ -14,9 +14,8 @@ namespace tinylm::cuda {
 inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,
                                   std::int64_t k, const QuantizedRows& out, const RowLimits& limits,
                                   cudaStream_t stream) {
-  arrange_rows<<<static_cast<unsigned>(m), kArrangeThreads, 0, stream>>>(
-      q, s, static_cast<int>(k), num_blocks(k), out, limits);
-  return cudaGetLastError();
+  return launch_early(arrange_rows, dim3(static_cast<unsigned>(m)), kArrangeThreads, 0, 1, stream,
+                      q, s, static_cast<int>(k), num_blocks(k), out, limits);
 }
 
 /// The product on Hopper, of swizzled rows (ternary_wgmma.cu).
@@ -42,10 +41,9 @@ cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t str
   const GemvWeights weights{p.weight, num_blocks(p.k)};
   const dim3 blocks(static_cast<unsigned>((out.n + 15) / 16),
                     static_cast<unsigned>((p.m + 8 * kTiles - 1) / (8 * kTiles)));
-  ternary_gemv<kActivation, kTiles, Y><<<blocks, kGemvThreads, 0, stream>>>(
-      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, weights, out,
-      static_cast<int>(p.m));
-  return cudaGetLastError();
+  return launch_early(ternary_gemv<kActivation, kTiles, Y>, blocks, kGemvThreads, 0, 1, stream,
+                      p.rows.activations, p.rows.digit_bytes, RowScales{p.rows.s, p.rows.sums},
+                      weights, out, static_cast<int>(p.m));
 }
 
 }  // namespace detail

@@ -1,5 +1,6 @@
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
+#include "ternary_gemv_row.cuh"
 
 namespace tinylm::cuda {
 namespace {
@@ -54,17 +55,30 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   return launch_quantize<kActivation, false, T>(p, rows, stream);
 }
 
+template <typename Shape, Activation kActivation, typename T>
+cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
+  int device = 0, num_sms = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const auto tiles = static_cast<int>((p.n + 15) / 16);
+  // One thread block for each multiprocessor, since each quantises the row.
+  const int each = std::min((tiles + num_sms - 1) / num_sms, Shape::kMostTiles);
+  const RowWeights weights{p.weight, num_blocks(p.k), tiles, each};
+  return launch_early(ternary_gemv_row<Shape, kActivation, T>,
+                      dim3(static_cast<unsigned>((tiles + each - 1) / each)), Shape::kThreads,
+                      row_shared_bytes<Shape, kActivation>(weights), 1, stream, row_source<T>(p),
+                      weights, out);
+}
+
 template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
-  if (p.m == 1) {
-    const auto kernel = ternary_gemv_fused<kActivation, T, T>;
-    const std::int64_t bytes = p.k * static_cast<std::int64_t>(sizeof(float)) +
-                               num_digits(kActivation) * round_up(p.k, kBlockInputs);
-    if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-    kernel<<<static_cast<unsigned>((p.n + 15) / 16), kGemvThreads, bytes, stream>>>(
-        row_source<T>(p), {p.weight, num_blocks(p.k)}, out);
-    return cudaGetLastError();
+  if (p.m == 1 && p.k <= RowShape<512, 4, 16>::kMostInputs) {
+    if (p.k <= 1024) return launch_row<RowShape<256, 1, 16>, kActivation>(p, out, stream);
+    if (p.k <= 4096) return launch_row<RowShape<256, 4, 16>, kActivation>(p, out, stream);
+    return launch_row<RowShape<512, 4, 16>, kActivation>(p, out, stream);
   }
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;

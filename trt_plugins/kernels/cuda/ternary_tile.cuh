@@ -2,6 +2,7 @@
 // through shared memory in stages of 128 inputs by cp.async, in the order of the fragments.
 #pragma once
 
+#include "async_copy.cuh"
 #include "epilogue.cuh"
 #include "fragments.cuh"
 #include "product.cuh"
@@ -22,22 +23,6 @@ struct TileShape {
   static constexpr int kStageBytes = kActivationBytes + kOutputs / 16 * kWeightBlockBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
-
-namespace detail {
-
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(bytes));
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
-}
-
-}  // namespace detail
 
 /// y = activations . weights for rows of blockIdx.x's tile and outputs of blockIdx.y's.
 template <typename Shape, Activation kActivation, typename Y>

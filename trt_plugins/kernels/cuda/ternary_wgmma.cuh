@@ -17,6 +17,7 @@ namespace tinylm::cuda {
 
 inline constexpr int kWgmmaThreads = 384;
 inline constexpr int kWgmmaConsumers = 256;
+inline constexpr int kWgmmaProducers = kWgmmaThreads - kWgmmaConsumers;
 
 /// Sizes of one tile's kernel.
 template <int kFragments_, int kRows_>
@@ -113,22 +114,25 @@ __device__ inline void for_each_tile(const WgmmaArgs& args, const WgmmaPart& par
   }
 }
 
-/// The copying warp.
+/// The copying warpgroup.
 template <typename Shape>
 __device__ inline void copy_tiles(const WgmmaArgs& args, const WgmmaPart& part, int num_weight_rows,
                                   WgmmaMemory<Shape>& memory) {
-  const int lane = threadIdx.x % 32;
+  const int thread = threadIdx.x;
   const int row_blocks = args.rows.row_blocks;
   std::uint16_t ranks = 0;  // that share the activations
   for (int i = 0; i < args.sharers; ++i) ranks |= 1U << (part.k_part + i * args.k_parts);
   int at = 0;
-  const auto copy_weights = [&](int stage, int block, int output_tile, int count) {
-    if (lane >= count) return;
-    const std::int64_t from =
-        static_cast<std::int64_t>(output_tile * (Shape::kOutputs / 16) + lane) * args.num_blocks +
-        block;
-    copy_bulk(memory.stages[stage] + Shape::kActivationBytes + lane * kWeightBlockBytes,
-              args.packed + from * kWeightBlockBytes, kWeightBlockBytes, memory.full[stage]);
+  // 16 bytes a thread: copies in bulk of 512 bytes take 60 ns each, one after the other.
+  const auto copy_weights = [&](int stage, int block, int first_weight_row, int count) {
+    constexpr int kPieces = kWeightBlockBytes / 16;
+    for (int i = thread; i < count * kPieces; i += kWgmmaProducers) {
+      const std::int64_t from =
+          static_cast<std::int64_t>(first_weight_row + i / kPieces) * args.num_blocks + block;
+      copy_async(memory.stages[stage] + Shape::kActivationBytes + i * 16,
+                 args.packed + from * kWeightBlockBytes + i % kPieces * 16, true);
+    }
+    memory.full[stage].arrive_after_copies();
   };
   // Weights don't depend on the kernel before.
   bool waited = args.limits.past_lens != nullptr;
@@ -138,12 +142,14 @@ __device__ inline void copy_tiles(const WgmmaArgs& args, const WgmmaPart& part, 
     const int tile_blocks = min(Shape::kRows / 8, row_blocks - first_row_block);
     const int first_weight_row = output_tile * (Shape::kOutputs / 16);
     const int weight_rows = max(0, min(Shape::kOutputs / 16, num_weight_rows - first_weight_row));
-    const int bytes = tile_blocks * kActivationBlockBytes + weight_rows * kWeightBlockBytes;
+    const int bytes = tile_blocks * kActivationBlockBytes;
     // This thread block's share of the activations.
     const int begin = tile_blocks * part.sharer / args.sharers;
     const int count = tile_blocks * (part.sharer + 1) / args.sharers - begin;
     const auto copy_activations = [&](int stage, int block) {
-      if (lane != 0 || count == 0) return;
+      if (thread != 0) return;
+      memory.full[stage].expect(bytes);
+      if (count == 0) return;
       const std::uint8_t* from =
           args.rows.activations +
           (static_cast<std::int64_t>(block) * row_blocks + first_row_block + begin) *
@@ -158,11 +164,7 @@ __device__ inline void copy_tiles(const WgmmaArgs& args, const WgmmaPart& part, 
     int first = part.first_block;
     if (!waited) {
       const int ahead = min(Shape::kStages, part.end_block - first);
-      for (int i = 0; i < ahead; ++i) {
-        if (lane == 0) memory.full[i].expect(bytes);
-        __syncwarp();
-        copy_weights(i, first + i, output_tile, weight_rows);
-      }
+      for (int i = 0; i < ahead; ++i) copy_weights(i, first + i, first_weight_row, weight_rows);
       wait_for_previous_kernel();
       waited = true;
       for (int i = 0; i < ahead; ++i) copy_activations(i, first + i);
@@ -172,10 +174,8 @@ __device__ inline void copy_tiles(const WgmmaArgs& args, const WgmmaPart& part, 
     for (int block = first; block < part.end_block; ++block, ++at) {
       const int stage = at % Shape::kStages;
       if (at >= Shape::kStages) memory.empty[stage].wait_cluster((at / Shape::kStages - 1) & 1);
-      if (lane == 0) memory.full[stage].expect(bytes);
-      __syncwarp();
       copy_activations(stage, block);
-      copy_weights(stage, block, output_tile, weight_rows);
+      copy_weights(stage, block, first_weight_row, weight_rows);
     }
   });
 }
@@ -261,7 +261,7 @@ __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& pa
                                       const Output<Y>& out, WgmmaMemory<Shape>& memory) {
   using Sum = WgmmaSum<kActivation>;
   constexpr int kFragments = Shape::kFragments, kRows = Shape::kRows;
-  const int thread = threadIdx.x - (kWgmmaThreads - kWgmmaConsumers);
+  const int thread = threadIdx.x - kWgmmaProducers;
   const int lane = thread % 32, warp = thread / 32, warpgroup = thread / 128;
   const auto column_of = [&](int output_tile, int fragment) {
     return output_tile * Shape::kOutputs + (warpgroup * kFragments + fragment) * 64 + warp % 4 * 16;
@@ -396,21 +396,17 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   const bool in_cluster = args.k_parts * args.sharers > 1;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
-      memory.full[i].init(1);
+      memory.full[i].init(1 + kWgmmaProducers);
       memory.empty[i].init(kWgmmaConsumers / 32 * args.sharers);
     }
     fence_barriers();
   }
   __syncthreads();
   if (in_cluster) cluster_sync();
-  if (threadIdx.x < kWgmmaThreads - kWgmmaConsumers) {
+  if (threadIdx.x < kWgmmaProducers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    if (threadIdx.x < 32) {
-      detail::copy_tiles<Shape>(args, part, static_cast<int>((out.n + 15) / 16), memory);
-      __syncwarp();
-    } else if (args.limits.past_lens != nullptr) {
-      wait_for_previous_kernel();
-    }
+    detail::copy_tiles<Shape>(args, part, static_cast<int>((out.n + 15) / 16), memory);
+    __syncwarp();
     // As often as those who multiply.
     if (args.k_parts > 1) {
       detail::for_each_tile<Shape>(args, part, [](int, int, int) { cluster_sync(); });
