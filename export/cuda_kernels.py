@@ -33,7 +33,6 @@ class Plan(NamedTuple):
     fragments: int
     rows: int
     k_parts: int = 1
-    sharers: int = 1
 
 
 class Sizes(ctypes.Structure):

@@ -47,22 +47,10 @@ __device__ inline std::uint32_t cluster_address(std::uint32_t shared, int rank) 
   return there;
 }
 
-__device__ inline int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ inline void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-/// Every thread of every thread block of the cluster.
+/// Waits for every thread of every thread block of the cluster.
 __device__ inline void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 /// A barrier in shared memory: a phase ends when all arrivals and announced bytes have come.
@@ -89,12 +77,6 @@ struct CopyBarrier {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this))
                  : "memory");
   }
-  /// Arrives at this barrier of another thread block of the cluster.
-  __device__ void arrive_at(int rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     cluster_address(shared_address(this), rank))
-                 : "memory");
-  }
   /// Waits for the end of the phase of this parity.
   __device__ void wait(int parity) {
     asm volatile(
@@ -104,20 +86,10 @@ struct CopyBarrier {
         "r"(parity)
         : "memory");
   }
-  /// The same, after which other thread blocks' accesses are ordered too.
-  __device__ void wait_cluster(int parity) {
-    asm volatile(
-        "{ .reg .pred done; again: "
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
-        "@!done bra again; }" ::"r"(shared_address(this)),
-        "r"(parity)
-        : "memory");
-  }
 };
 
-/// Makes initialised barriers known to copies and to the cluster.
+/// Makes initialised barriers known to copies.
 __device__ inline void fence_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -127,16 +99,6 @@ __device__ inline void copy_bulk(void* to, const void* from, int bytes, CopyBarr
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(&barrier))
-      : "memory");
-}
-
-/// The same to the same place of every thread block of the cluster in `ranks`, one bit each.
-__device__ inline void copy_bulk_to(void* to, const void* from, int bytes, CopyBarrier& barrier,
-                                    std::uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier)), "h"(ranks)
       : "memory");
 }
 

@@ -17,6 +17,13 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+/// Of the current GPU.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 /// Launches a kernel that may begin before the stream's kernel before it ends, and so calls
 /// wait_for_previous_kernel(); clusters of `cluster` thread blocks.
 template <typename... Parameters, typename... Arguments>

@@ -22,40 +22,65 @@ __device__ inline std::uint8_t* quantized_word(const QuantizedRows& out, int dig
 
 }  // namespace detail
 
-/// Gate, norm and quantise: kGroup threads a row, which hold 4 * kVectors values each; or any
-/// number of values, if that is 0. Shared memory: float [rows of a thread block][k] then.
+/// Gate, norm and quantise, kGroup threads a row; each group walks over the rows. They hold
+/// 4 * kVectors values each, and the norm's weights, and fetch a row while they work on the one
+/// before.
 /// @tparam kRaw Whether e4m3 values are written as they are, not as digits.
-template <int kGroup, int kVectors, Activation kActivation, bool kRaw, typename T>
-__global__ void __launch_bounds__(kQuantizeThreads)
+template <int kThreads, int kGroup, int kVectors, Activation kActivation, bool kRaw, typename T>
+__global__ void __launch_bounds__(kThreads)
     quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
+  using Row = RegisterRow<kGroup, kVectors, T>;
+  __shared__ typename RowReduction<kGroup>::Memory memory[kThreads / kGroup];
   launch_next_kernel();
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * (kQuantizeThreads / kGroup) + group;
-  const auto emit = [&](int digit, int column, std::uint32_t word) {
-    *reinterpret_cast<std::uint32_t*>(detail::quantized_word(out, digit, row, column, num_blocks)) =
-        word;
-  };
-  RowScale scale;
-  source.x += row * source.k * (source.gated ? 2 : 1);
-  if constexpr (kVectors > 0) {
-    RegisterRow<kGroup, kVectors, T> values;
-    if (row < m) values.load_weights(source, thread);
-    wait_for_previous_kernel();
-    if (row >= m) return;  // a whole warp, or a whole thread block
-    values.load(source, thread);
-    scale.s = values.template scale<kActivation>(source, Reduction<kGroup>());
-    const int sum = values.template quantize<kActivation, kRaw>(scale.s, thread,
-                                                                num_blocks * kBlockInputs, emit);
-    scale.sum = Reduction<kGroup>()(sum, [](int a, int b) { return a + b; });
-  } else {
-    extern __shared__ __align__(16) float row_memory[];
-    wait_for_previous_kernel();
-    if (row >= m) return;
-    scale = quantize_row<kGroup, kActivation, kRaw>(source, row_memory + group * source.k,
-                                                    num_blocks * kBlockInputs, emit);
+  RowReduction<kGroup> reduce{memory + group};
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * (kThreads / kGroup);
+  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + group;
+  Row values;
+  values.load_weights(source, thread);
+  wait_for_previous_kernel();
+  typename Row::RawRow raw;
+  if (row < m) Row::load(raw, source, row, thread);
+  while (row < m) {
+    values.take(raw, source, thread);
+    const std::int64_t next = row + stride;
+    if (next < m) Row::load(raw, source, next, thread);
+    const float s = values.template scale<kActivation>(source, reduce);
+    const int sum = values.template quantize<kActivation, kRaw>(
+        s, thread, num_blocks * kBlockInputs, [&](int digit, int column, std::uint32_t word) {
+          *reinterpret_cast<std::uint32_t*>(
+              detail::quantized_word(out, digit, row, column, num_blocks)) = word;
+        });
+    reduce.leave_sum(sum);
+    if constexpr (kGroup == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+    if (thread == 0) {
+      out.s[row] = s;
+      out.sums[row] = reduce.row_sum();
+    }
+    row = next;
   }
-  if (thread == 0) {
+}
+
+/// The same for rows of any length. Shared memory: float [k].
+template <Activation kActivation, bool kRaw, typename T>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    quantize_long_rows(RowSource<T> source, int num_blocks, QuantizedRows out) {
+  extern __shared__ __align__(16) float row_memory[];
+  launch_next_kernel();
+  wait_for_previous_kernel();
+  const std::int64_t row = blockIdx.x;
+  source.x += row * source.k * (source.gated ? 2 : 1);
+  const RowScale scale = quantize_row<kQuantizeThreads, kActivation, kRaw>(
+      source, row_memory, num_blocks * kBlockInputs,
+      [&](int digit, int column, std::uint32_t word) {
+        *reinterpret_cast<std::uint32_t*>(
+            detail::quantized_word(out, digit, row, column, num_blocks)) = word;
+      });
+  if (threadIdx.x == 0) {
     out.s[row] = scale.s;
     out.sums[row] = scale.sum;
   }

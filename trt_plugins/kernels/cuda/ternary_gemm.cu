@@ -25,23 +25,26 @@ RowLayout layout_of(const BitLinearParams& p) {
 template <Activation kActivation, bool kRaw, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
-  // Many short rows: a warp for each, which never waits for another.
   constexpr std::int64_t kManyRows = 512, kShort = 1024;
-  const auto launch = [&](auto kernel, std::int64_t rows_at_once, std::int64_t floats) {
-    const auto grid = static_cast<unsigned>((p.m + rows_at_once - 1) / rows_at_once);
-    return launch_early(kernel, grid, kQuantizeThreads,
-                        floats * static_cast<std::int64_t>(sizeof(float)), 1, stream,
+  const std::int64_t k = round_up(p.k, kBlockInputs);
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  const auto launch = [&](auto kernel, int threads, int rows_at_once, int blocks_at_once) {
+    const std::int64_t most = static_cast<std::int64_t>(num_sms) * blocks_at_once;
+    const std::int64_t grid = std::min((p.m + rows_at_once - 1) / rows_at_once, most);
+    return launch_early(kernel, dim3(static_cast<unsigned>(grid)), threads, 0, 1, stream,
                         row_source<T>(p), p.m, num_blocks(p.k), rows);
   };
-  constexpr int kAll = kQuantizeThreads;
-  const std::int64_t k = round_up(p.k, kBlockInputs);
+  // Many short rows: a warp for each, which never waits for another.
   if (p.m >= kManyRows && k <= kShort) {
-    return launch(quantize_rows<32, 8, kActivation, kRaw, T>, kAll / 32, 0);
+    return launch(quantize_rows<128, 32, 8, kActivation, kRaw, T>, 128, 4, 4);
   }
-  if (k <= 4 * kAll) return launch(quantize_rows<kAll, 1, kActivation, kRaw, T>, 1, 0);
-  if (k <= 16 * kAll) return launch(quantize_rows<kAll, 4, kActivation, kRaw, T>, 1, 0);
-  if (k <= 32 * kAll) return launch(quantize_rows<kAll, 8, kActivation, kRaw, T>, 1, 0);
-  return launch(quantize_rows<kAll, 0, kActivation, kRaw, T>, 1, p.k);
+  if (k <= 1024) return launch(quantize_rows<256, 256, 1, kActivation, kRaw, T>, 256, 1, 8);
+  if (k <= 4096) return launch(quantize_rows<256, 256, 4, kActivation, kRaw, T>, 256, 1, 3);
+  if (k <= 8192) return launch(quantize_rows<512, 512, 4, kActivation, kRaw, T>, 512, 1, 2);
+  return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
+                      kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,
+                      row_source<T>(p), num_blocks(p.k), rows);
 }
 
 template <Activation kActivation, typename T>

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
     ternary_gemv_row(RowSource<T> source, RowWeights weights, Output<T> out) {
   constexpr int kDigits = num_digits(kActivation), kWarps = Shape::kWarps;
   extern __shared__ __align__(16) std::uint8_t gemv_memory[];
-  __shared__ int warp_sums[kWarps];
+  __shared__ typename RowReduction<Shape::kThreads>::Memory reduction;
+  RowReduction<Shape::kThreads> reduce{&reduction};
   launch_next_kernel();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   auto* parts = reinterpret_cast<int*>(gemv_memory + kWarps * Shape::kSlots * kWeightBlockBytes);
@@ -89,23 +90,26 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int column = first_tile * 16 + static_cast<int>(threadIdx.x);
   const bool has_output = static_cast<int>(threadIdx.x) < num_tiles * 16 && column < out.n;
   const float weight_scale = has_output ? column_scale(out, column) : 0.0F;
-  RegisterRow<Shape::kThreads, Shape::kVectors, T> row;
+  using Row = RegisterRow<Shape::kThreads, Shape::kVectors, T>;
+  Row row;
   row.load_weights(source, threadIdx.x);
   wait_for_previous_kernel();
-  row.load(source, threadIdx.x);
-  const float s = row.template scale<kActivation>(source, Reduction<Shape::kThreads>());
+  typename Row::RawRow raw;
+  Row::load(raw, source, 0, threadIdx.x);
+  row.take(raw, source, threadIdx.x);
+  const float s = row.template scale<kActivation>(source, reduce);
   // In the order of the B fragments: [digit][block][half][t][4 words].
-  int sum = row.template quantize<kActivation, false>(
+  const int sum = row.template quantize<kActivation, false>(
       s, threadIdx.x, k_padded, [&](int digit, int i, std::uint32_t word) {
         const int at = i / 64 * 64 + i % 16 / 4 * 16 + (i % 64 / 32 * 2 + i % 32 / 16) * 4;
         *reinterpret_cast<std::uint32_t*>(q + digit * k_padded + at) = word;
       });
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, offset);
-  if (lane == 0) warp_sums[warp] = sum;
+  reduce.leave_sum(sum);
   __syncthreads();
 
-  int acc[kDigits][4] = {};
+  int acc[kDigits][2][4] = {};  // two each, which don't wait for one another
   int block = 0, tile = team;
+#pragma unroll 2
   for (int i = 0; i < num_steps; ++i) {
     detail::wait_for_copies<Shape::kSlots - 1>();
     const uint4 words =
@@ -120,8 +124,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
       for (int digit = 0; digit < kDigits; ++digit) {
         const uint4 b = *reinterpret_cast<const uint4*>(at + digit * k_padded + half * 64);
-        mma(acc[digit], first, b.x, b.y);
-        mma(acc[digit], second, b.z, b.w);
+        mma(acc[digit][0], first, b.x, b.y);
+        mma(acc[digit][1], second, b.z, b.w);
       }
     }
     copy_next();
@@ -133,24 +137,23 @@ __global__ void __launch_bounds__(Shape::kThreads)
         int value = 0;
 #pragma unroll
         for (int digit = kDigits - 1; digit >= 0; --digit)
-          value = value * 256 + acc[digit][2 * half];
+          value = value * 256 + acc[digit][0][2 * half] + acc[digit][1][2 * half];
         to[8 * half] = value;
       }
     }
-    for (auto& digit : acc) {
-      for (int& value : digit) value = 0;
-    }
+#pragma unroll
+    for (int i = 0; i < kDigits * 8; ++i) acc[i / 8][i / 4 % 2][i % 4] = 0;
     block = 0;
     tile += num_teams;
   }
   __syncthreads();
   if (!has_output) return;
-  int value = 0, row_sum = 0;
+  int value = 0;
   for (int i = 0; i < k_warps; ++i) {
     value += parts[(threadIdx.x / 16 * kWarps + i) * 16 + threadIdx.x % 16];
   }
-  for (int i = 0; i < kWarps; ++i) row_sum += warp_sums[i];
-  RowOutput<T>(out, 0, {s, row_sum}).template store<kActivation>(column, value, weight_scale);
+  RowOutput<T>(out, 0, {s, reduce.row_sum()})
+      .template store<kActivation>(column, value, weight_scale);
 }
 
 }  // namespace tinylm::cuda

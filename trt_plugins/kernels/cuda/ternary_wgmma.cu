@@ -4,41 +4,13 @@
 namespace tinylm::cuda {
 namespace {
 
-/// What a launch must know of the current GPU.
-struct Gpu {
-  int device = 0, num_sms = 0;
-  cudaError_t error;
-  Gpu() : error(cudaGetDevice(&device)) {
-    if (error != cudaSuccess) return;
-    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
-};
-
-/// Clusters of this size that run at once.
-template <typename Kernel>
-cudaError_t clusters_at_once(Kernel kernel, int cluster, std::int64_t bytes, int num_sms,
-                             int& found) {
-  found = num_sms / cluster;
-  if (cluster <= 2) return cudaSuccess;  // multiprocessors come in pairs
-  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(found * cluster));
-  config.blockDim = dim3(kWgmmaThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(&found, kernel, &config);
-}
-
 template <int kFragments, int kRows, Activation kActivation, typename Y>
 cudaError_t launch(const Product& p, const ProductPlan& plan, const Output<Y>& out, int num_sms,
                    cudaStream_t stream) {
   using Shape = WgmmaShape<kFragments, kRows>;
   const auto kernel = ternary_wgmma<Shape, kActivation, Y>;
   constexpr auto kBytes = static_cast<std::int64_t>(sizeof(WgmmaMemory<Shape>));
+  static_assert(kBytes <= 227 * 1024);
   const auto ceil_div = [](std::int64_t a, std::int64_t b) {
     return static_cast<int>((a + b - 1) / b);
   };
@@ -49,31 +21,24 @@ cudaError_t launch(const Product& p, const ProductPlan& plan, const Output<Y>& o
                        ceil_div(p.m, kRows),
                        ceil_div(out.n, Shape::kOutputs),
                        plan.k_parts,
-                       plan.sharers,
                        p.limits};
-  const int groups = args.num_row_tiles * ceil_div(args.num_output_tiles, plan.sharers);
-  int clusters = groups;
-  if (plan.k_parts == 1) {
-    if (const auto error = clusters_at_once(kernel, plan.cluster(), kBytes, num_sms, clusters)) {
-      return error;
-    }
-    clusters = std::min(clusters, groups);
-  }
-  return launch_early(kernel, dim3(static_cast<unsigned>(clusters * plan.cluster())), kWgmmaThreads,
-                      kBytes, plan.cluster(), stream, args, out);
+  const int tiles = args.num_row_tiles * args.num_output_tiles;
+  const int at_once = plan.k_parts == 1 ? std::min(tiles, num_sms) : tiles;
+  return launch_early(kernel, dim3(static_cast<unsigned>(at_once * plan.k_parts)), kWgmmaThreads,
+                      kBytes, plan.k_parts, stream, args, out);
 }
 
 }  // namespace
 
 template <Activation kActivation, typename Y>
 cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t stream) {
-  const Gpu gpu;
-  if (gpu.error != cudaSuccess) return gpu.error;
-  const ProductPlan plan = p.plan != nullptr ? *p.plan : plan_product(p.m, out.n, p.k, gpu.num_sms);
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  const ProductPlan plan = p.plan != nullptr ? *p.plan : plan_product(p.m, out.n, p.k, num_sms);
   if (!valid_plan(plan, p.k)) return cudaErrorInvalidValue;
   const auto run = [&](auto fragments, auto rows) {
-    return launch<decltype(fragments)::value, decltype(rows)::value, kActivation>(
-        p, plan, out, gpu.num_sms, stream);
+    return launch<decltype(fragments)::value, decltype(rows)::value, kActivation>(p, plan, out,
+                                                                                  num_sms, stream);
   };
   using std::integral_constant;
   constexpr integral_constant<int, 1> kOne;
