@@ -36,20 +36,25 @@ __global__ void __launch_bounds__(kThreads)
   RowReduction<kGroup> reduce{memory + group};
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * (kThreads / kGroup);
   std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + group;
+  const std::int64_t vector_bytes =
+      4 * kGroup / kBlockInputs * kActivationBlockBytes *
+      static_cast<std::int64_t>(out.layout == RowLayout::kSwizzled ? out.row_blocks : 1);
   Row values;
   values.load_weights(source, thread);
   wait_for_previous_kernel();
   typename Row::RawRow raw;
   if (row < m) Row::load(raw, source, row, thread);
   while (row < m) {
-    values.take(raw, source, thread);
+    values.take(raw, source);
     const std::int64_t next = row + stride;
     if (next < m) Row::load(raw, source, next, thread);
     const float s = values.template scale<kActivation>(source, reduce);
+    // A thread's vectors are 4 * kGroup columns apart, whole blocks.
+    std::uint8_t* first = detail::quantized_word(out, 0, row, 4 * thread, num_blocks);
     const int sum = values.template quantize<kActivation, kRaw>(
-        s, thread, num_blocks * kBlockInputs, [&](int digit, int column, std::uint32_t word) {
-          *reinterpret_cast<std::uint32_t*>(
-              detail::quantized_word(out, digit, row, column, num_blocks)) = word;
+        s, thread, num_blocks * kBlockInputs, [&](int digit, int vector, std::uint32_t word) {
+          *reinterpret_cast<std::uint32_t*>(first + digit * out.digit_bytes +
+                                            vector * vector_bytes) = word;
         });
     reduce.leave_sum(sum);
     if constexpr (kGroup == 32) {

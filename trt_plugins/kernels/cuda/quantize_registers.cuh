@@ -96,6 +96,7 @@ struct RegisterRow {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int i = column(thread, v);
+      weights[v] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
       if (i < source.k) weights[v] = load4(source.norm_weight + i);
     }
   }
@@ -114,6 +115,8 @@ struct RegisterRow {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int i = column(thread, v);
+      raw.values[v] = Raw{};
+      if (source.gated) raw.up[v] = Raw{};
       if (i >= source.k) continue;
       raw.values[v] = *reinterpret_cast<const Raw*>(x + i);
       if (source.gated) raw.up[v] = *reinterpret_cast<const Raw*>(x + source.k + i);
@@ -121,12 +124,10 @@ struct RegisterRow {
   }
 
   /// Takes the row, gated.
-  __device__ void take(const RawRow& raw, const RowSource<T>& source, int thread) {
+  __device__ void take(const RawRow& raw, const RowSource<T>& source) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float4& x = values[v];
-      x = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (column(thread, v) >= source.k) continue;
       x = load4(reinterpret_cast<const T*>(&raw.values[v]));
       if (!source.gated) continue;
       const float4 up = load4(reinterpret_cast<const T*>(&raw.up[v]));
@@ -145,7 +146,6 @@ struct RegisterRow {
       for (int v = 0; v < kVectors; ++v) {
         float4& x = values[v];
         const float4& w = weights[v];
-        if (x.x == 0.0F && x.y == 0.0F && x.z == 0.0F && x.w == 0.0F) continue;  // or not loaded
         x = make_float4(x.x * r * w.x, x.y * r * w.y, x.z * r * w.z, x.w * r * w.w);
       }
     }
@@ -161,7 +161,7 @@ struct RegisterRow {
     return (kActivation == Activation::kInt8 ? 127.0F : 448.0F) / __uint_as_float(largest);
   }
 
-  /// Quantises: emit(digit, column, word) for columns up to k_padded. Returns this thread's sum, 0
+  /// Quantises: emit(digit, vector, word) for columns up to k_padded. Returns this thread's sum, 0
   /// if raw.
   /// @tparam kRaw Whether e4m3 values are given as they are, as digit 0.
   template <Activation kActivation, bool kRaw, typename Emit>
@@ -169,8 +169,7 @@ struct RegisterRow {
     int sum = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int i = column(thread, v);
-      if (i >= k_padded) continue;
+      if (column(thread, v) >= k_padded) continue;
       const float x[4] = {values[v].x, values[v].y, values[v].z, values[v].w};
       if constexpr (kActivation == Activation::kInt8) {
         // Rounds by adding 1.5 * 2^23. No product is beyond 127 but by its own rounding.
@@ -181,7 +180,7 @@ struct RegisterRow {
         const std::uint32_t word =
             __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
         sum = __dp4a(static_cast<int>(word), 0x01010101, sum);
-        emit(0, i, word);
+        emit(0, v, word);
       } else {
         int q[4];
 #pragma unroll
@@ -196,7 +195,7 @@ struct RegisterRow {
         }
 #pragma unroll
         for (int digit = 0; digit < (kRaw ? 1 : num_digits(kActivation)); ++digit) {
-          emit(digit, i, detail::pack4(q[0], q[1], q[2], q[3]));
+          emit(digit, v, detail::pack4(q[0], q[1], q[2], q[3]));
 #pragma unroll
           for (int j = 0; j < 4; ++j) q[j] = (q[j] - static_cast<std::int8_t>(q[j])) / 256;
         }

@@ -4,6 +4,8 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "convert.cuh"
 #include "types.h"
 
@@ -58,7 +60,8 @@ __device__ inline float silu(float x) { return x / (1.0F + expf(-x)); }
 /// silu rounded to T, times up, rounded to T, as tinylm::SwiGLU.
 template <typename T>
 __device__ inline float gate(float gate_value, float up) {
-  return rounded<T>(to_float(from_wide<T>(silu(static_cast<wide_t<T>>(gate_value)))) * up);
+  if constexpr (std::is_same_v<T, float>) return static_cast<float>(silu(double{gate_value})) * up;
+  return rounded<T>(rounded<T>(silu(gate_value)) * up);
 }
 
 __device__ inline std::uint32_t pack4(int a, int b, int c, int d) {

@@ -25,7 +25,7 @@ RowLayout layout_of(const BitLinearParams& p) {
 template <Activation kActivation, bool kRaw, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
-  constexpr std::int64_t kManyRows = 512, kShort = 1024;
+  constexpr std::int64_t kManyRows = 512;
   const std::int64_t k = round_up(p.k, kBlockInputs);
   int num_sms = 0;
   if (const auto error = count_multiprocessors(num_sms)) return error;
@@ -35,12 +35,14 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
     return launch_early(kernel, dim3(static_cast<unsigned>(grid)), threads, 0, 1, stream,
                         row_source<T>(p), p.m, num_blocks(p.k), rows);
   };
-  // Many short rows: a warp for each, which never waits for another.
-  if (p.m >= kManyRows && k <= kShort) {
-    return launch(quantize_rows<128, 32, 8, kActivation, kRaw, T>, 128, 4, 4);
+  // Few rows are the sooner done the more threads each has; many take fewer instructions with few.
+  if (p.m >= kManyRows) {
+    if (k <= 1024) return launch(quantize_rows<128, 32, 8, kActivation, kRaw, T>, 128, 4, 4);
+    if (k <= 4096) return launch(quantize_rows<128, 128, 8, kActivation, kRaw, T>, 128, 1, 4);
+    if (k <= 8192) return launch(quantize_rows<256, 256, 8, kActivation, kRaw, T>, 256, 1, 2);
   }
   if (k <= 1024) return launch(quantize_rows<256, 256, 1, kActivation, kRaw, T>, 256, 1, 8);
-  if (k <= 4096) return launch(quantize_rows<256, 256, 4, kActivation, kRaw, T>, 256, 1, 3);
+  if (k <= 4096) return launch(quantize_rows<512, 512, 2, kActivation, kRaw, T>, 512, 1, 2);
   if (k <= 8192) return launch(quantize_rows<512, 512, 4, kActivation, kRaw, T>, 512, 1, 2);
   return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
                       kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,

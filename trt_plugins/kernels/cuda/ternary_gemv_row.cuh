@@ -96,11 +96,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
   wait_for_previous_kernel();
   typename Row::RawRow raw;
   Row::load(raw, source, 0, threadIdx.x);
-  row.take(raw, source, threadIdx.x);
+  row.take(raw, source);
   const float s = row.template scale<kActivation>(source, reduce);
   // In the order of the B fragments: [digit][block][half][t][4 words].
   const int sum = row.template quantize<kActivation, false>(
-      s, threadIdx.x, k_padded, [&](int digit, int i, std::uint32_t word) {
+      s, threadIdx.x, k_padded, [&](int digit, int vector, std::uint32_t word) {
+        const int i = Row::column(threadIdx.x, vector);
         const int at = i / 64 * 64 + i % 16 / 4 * 16 + (i % 64 / 32 * 2 + i % 32 / 16) * 4;
         *reinterpret_cast<std::uint32_t*>(q + digit * k_padded + at) = word;
       });

@@ -147,17 +147,16 @@ __device__ inline void copy_tiles(const WgmmaArgs& args, const WgmmaPart& part,
 template <typename Shape>
 class WeightStream {
  public:
-  /// @param first_tile In units of 16 outputs, this warp's among those of a tile.
-  __device__ WeightStream(const WgmmaArgs& args, const WgmmaPart& part, int first_tile,
+  /// @param first_row In units of 16 outputs, this warp's first among those of a tile.
+  __device__ WeightStream(const WgmmaArgs& args, const WgmmaPart& part, int first_row,
                           int num_weight_rows, uint4 (*slots)[Shape::kFragments][32])
       : args_(args),
         part_(part),
-        first_tile_(first_tile),
-        num_weight_rows_(num_weight_rows),
-        slots_(slots),
-        tile_(blockIdx.x / args.k_parts),
-        block_(part.first_block) {
-    skip_tiles();
+        first_row_(first_row),
+        last_row_(num_weight_rows - 1),
+        slots_(&slots[0][0][threadIdx.x % 32]),
+        tile_(blockIdx.x / args.k_parts) {
+    begin_tile();
 #pragma unroll 1
     for (int i = 0; i < Shape::kSlots; ++i) fetch();
   }
@@ -166,48 +165,55 @@ class WeightStream {
   __device__ void next(uint4 (&words)[Shape::kFragments]) {
     wait_for_copies<Shape::kSlots - 1>();
 #pragma unroll
-    for (int f = 0; f < Shape::kFragments; ++f) {
-      words[f] = slots_[fetched_ % Shape::kSlots][f][threadIdx.x % 32];
-    }
+    for (int f = 0; f < Shape::kFragments; ++f) words[f] = slot()[f * 32];
   }
 
   /// Fetches one more, into the slot of what next() gave last.
   __device__ void fetch() {
-    if (tile_ < args_.num_row_tiles * args_.num_output_tiles) {
-      const int row = tile_ / args_.num_row_tiles * (Shape::kOutputs / 16) + first_tile_;
+    if (left_ > 0) {
 #pragma unroll
       for (int f = 0; f < Shape::kFragments; ++f) {
-        const bool exists = row + 4 * f < num_weight_rows_;
-        const std::int64_t from =
-            exists ? static_cast<std::int64_t>(row + 4 * f) * args_.num_blocks + block_ : 0;
-        copy_async(&slots_[fetched_ % Shape::kSlots][f][threadIdx.x % 32],
-                   args_.packed + from * kWeightBlockBytes + threadIdx.x % 32 * 16, exists);
+        copy_async(slot() + f * 32, from_[f], true);
+        from_[f] += kWeightBlockBytes;
       }
-      if (++block_ == part_.end_block) {
-        block_ = part_.first_block;
+      if (--left_ == 0) {
         tile_ += gridDim.x / args_.k_parts;
-        skip_tiles();
+        begin_tile();
       }
     }
-    ++fetched_;
+    at_ = (at_ + 1) % Shape::kSlots;
     commit_copies();
   }
 
  private:
-  __device__ void skip_tiles() {
-    if (args_.limits.past_lens == nullptr) return;
-    while (tile_ < args_.num_row_tiles * args_.num_output_tiles &&
-           !tile_matters<Shape>(args_, tile_ % args_.num_row_tiles)) {
+  __device__ uint4* slot() const { return slots_ + at_ * (Shape::kFragments * 32); }
+
+  /// Looks for the next tile that matters.
+  __device__ void begin_tile() {
+    const int num_tiles = args_.num_row_tiles * args_.num_output_tiles;
+    while (tile_ < num_tiles && !tile_matters<Shape>(args_, tile_ % args_.num_row_tiles)) {
       tile_ += gridDim.x / args_.k_parts;
+    }
+    if (tile_ >= num_tiles) return;
+    left_ = part_.end_block - part_.first_block;
+#pragma unroll
+    for (int f = 0; f < Shape::kFragments; ++f) {
+      // What lies beyond the last output is not stored.
+      const int row =
+          min(tile_ / args_.num_row_tiles * (Shape::kOutputs / 16) + first_row_ + 4 * f, last_row_);
+      from_[f] = args_.packed + threadIdx.x % 32 * 16 +
+                 (static_cast<std::int64_t>(row) * args_.num_blocks + part_.first_block) *
+                     kWeightBlockBytes;
     }
   }
 
   const WgmmaArgs& args_;
   const WgmmaPart& part_;
-  int first_tile_, num_weight_rows_;
-  uint4 (*slots_)[Shape::kFragments][32];
-  int tile_, block_;
-  int fetched_ = 0;
+  int first_row_, last_row_;
+  uint4* slots_;
+  int tile_;
+  const std::uint8_t* from_[Shape::kFragments];
+  int left_ = 0, at_ = 0;
 };
 
 /// Stores eight neighbouring outputs of one row, those that exist.
