@@ -30,7 +30,6 @@ _ROOT = Path(__file__).resolve().parent.parent
 class Plan(NamedTuple):
     """``ProductPlan`` of trt_plugins/kernels/cuda/product_plan.h."""
 
-    fragments: int
     rows: int
     k_parts: int = 1
 
@@ -105,13 +104,6 @@ def _int64(*values: int) -> list[ctypes.c_int64]:
 
 def _plan(plan: Plan | None) -> ctypes.Array[ctypes.c_int32] | None:
     return None if plan is None else (ctypes.c_int32 * len(plan))(*plan)
-
-
-def plan_product(m: int, n: int, k: int, num_sms: int) -> Plan:
-    """Return how the launcher cuts a product of many rows; needs no GPU."""
-    found = (ctypes.c_int32 * len(Plan._fields))()
-    library().tinylm_plan_product(*_int64(m, n, k), num_sms, found)
-    return Plan(*found)
 
 
 def _check(error: int) -> None:

@@ -4,10 +4,10 @@
 namespace tinylm::cuda {
 namespace {
 
-template <int kFragments, int kRows, Activation kActivation, typename Y>
+template <int kRows, Activation kActivation, typename Y>
 cudaError_t launch(const Product& p, const ProductPlan& plan, const Output<Y>& out, int num_sms,
                    cudaStream_t stream) {
-  using Shape = WgmmaShape<kFragments, kRows>;
+  using Shape = WgmmaShape<kRows>;
   const auto kernel = ternary_wgmma<Shape, kActivation, Y>;
   constexpr auto kBytes = static_cast<std::int64_t>(sizeof(WgmmaMemory<Shape>));
   static_assert(kBytes <= 227 * 1024);
@@ -19,7 +19,7 @@ cudaError_t launch(const Product& p, const ProductPlan& plan, const Output<Y>& o
                        p.m,
                        num_blocks(p.k),
                        ceil_div(p.m, kRows),
-                       ceil_div(out.n, Shape::kOutputs),
+                       ceil_div(out.n, kPlanOutputs),
                        plan.k_parts,
                        p.limits};
   const int tiles = args.num_row_tiles * args.num_output_tiles;
@@ -36,22 +36,9 @@ cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t st
   if (const auto error = count_multiprocessors(num_sms)) return error;
   const ProductPlan plan = p.plan != nullptr ? *p.plan : plan_product(p.m, out.n, p.k, num_sms);
   if (!valid_plan(plan, p.k)) return cudaErrorInvalidValue;
-  const auto run = [&](auto fragments, auto rows) {
-    return launch<decltype(fragments)::value, decltype(rows)::value, kActivation>(p, plan, out,
-                                                                                  num_sms, stream);
-  };
-  using std::integral_constant;
-  constexpr integral_constant<int, 1> kOne;
-  constexpr integral_constant<int, 2> kTwo;
-  if (plan.rows == 64) {
-    constexpr integral_constant<int, 64> kRows;
-    return plan.fragments == 1 ? run(kOne, kRows) : run(kTwo, kRows);
-  }
-  if (plan.rows == 128) {
-    constexpr integral_constant<int, 128> kRows;
-    return plan.fragments == 1 ? run(kOne, kRows) : run(kTwo, kRows);
-  }
-  return run(kOne, integral_constant<int, 256>{});
+  if (plan.rows == 64) return launch<64, kActivation>(p, plan, out, num_sms, stream);
+  if (plan.rows == 128) return launch<128, kActivation>(p, plan, out, num_sms, stream);
+  return launch<256, kActivation>(p, plan, out, num_sms, stream);
 }
 
 template cudaError_t launch_wgmma<Activation::kInt8>(const Product&, const Output<std::int32_t>&,

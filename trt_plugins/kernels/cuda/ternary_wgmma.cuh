@@ -8,10 +8,10 @@
 #pragma once
 
 #include "async_copy.cuh"
-#include "epilogue.cuh"
 #include "product.cuh"
 #include "product_plan.h"
 #include "wgmma.cuh"
+#include "wgmma_epilogue.cuh"
 
 namespace tinylm::cuda {
 
@@ -20,30 +20,21 @@ inline constexpr int kWgmmaConsumers = 256;
 inline constexpr int kWgmmaProducers = kWgmmaThreads - kWgmmaConsumers;
 
 /// Sizes of one tile's kernel.
-template <int kFragments_, int kRows_>
+template <int kRows_>
 struct WgmmaShape {
-  static constexpr int kFragments = kFragments_, kRows = kRows_;
-  static constexpr int kOutputs = 128 * kFragments;
+  static constexpr int kRows = kRows_;
   static constexpr int kActivationBytes = kRows * kBlockInputs;
-  static constexpr int kStages = std::min(12, (192 - 32 * kFragments) * 1024 / kActivationBytes);
+  static constexpr int kStages = std::min(12, 160 * 1024 / kActivationBytes);
   static constexpr int kSlots = 8;  // blocks of weights on their way to a warp
 };
-
-/// A row's factors, read by every warp.
-struct __align__(16) RowFactors {
-  float s, inverse;
-  int bias;  // the bits of kFloatBias less the row's sum
-};
-inline constexpr float kFloatBias = 12582912.0F;  // 1.5 * 2^23, whose last bit is worth 1
-inline constexpr int kFloatBiasBits = 0x4b400000;
 
 template <typename Shape>
 struct WgmmaMemory {
   union {
     std::uint8_t stages[Shape::kStages][Shape::kActivationBytes];
-    uint4 parts[Shape::kFragments * Shape::kRows / 8][kWgmmaConsumers];  // of K, in the end
+    uint4 parts[Shape::kRows / 8][kWgmmaConsumers];  // of K, in the end
   };
-  uint4 weights[kWgmmaConsumers / 32][Shape::kSlots][Shape::kFragments][32];
+  uint4 weights[kWgmmaConsumers / 32][Shape::kSlots][32];
   uint4 transpose[kWgmmaConsumers / 32][2][32];
   RowFactors rows[2][Shape::kRows];
   CopyBarrier full[Shape::kStages], empty[Shape::kStages];
@@ -64,9 +55,6 @@ struct WgmmaArgs {
 
 namespace detail {
 
-template <Activation kActivation>
-using WgmmaSum = std::conditional_t<kActivation == Activation::kInt8, int, float>;
-
 /// A fragment of codes: 0, 1, 2 as integers; as e4m3 -2^-6, -0 or 0, 2^-6, of which the codes'
 /// complement, 3, 2 and 1, has the sign in its upper bit and the exponent's lowest in the other.
 template <Activation kActivation>
@@ -81,18 +69,6 @@ __device__ inline void unpack_wgmma(std::uint32_t word, std::uint32_t (&a)[4]) {
     a[2] = (word << 2 & kSign) | (word >> 1 & kOne);
     a[3] = (word & kSign) | (word >> 3 & kOne);
   }
-}
-
-template <Activation kActivation, typename T>
-__device__ inline float wgmma_value(WgmmaSum<kActivation> acc, RowFactors row, float weight_scale) {
-  float sum;
-  if constexpr (kActivation == Activation::kInt8) {
-    // Exact below 2^22 = 128 * 32768, and faster than a conversion.
-    sum = __int_as_float(acc + row.bias) - kFloatBias;
-  } else {
-    sum = acc * 64.0F;
-  }
-  return quotient<T>(sum * weight_scale, row.s, row.inverse);
 }
 
 /// The part of K that a thread block works on.
@@ -149,12 +125,12 @@ class WeightStream {
  public:
   /// @param first_row In units of 16 outputs, this warp's first among those of a tile.
   __device__ WeightStream(const WgmmaArgs& args, const WgmmaPart& part, int first_row,
-                          int num_weight_rows, uint4 (*slots)[Shape::kFragments][32])
+                          int num_weight_rows, uint4 (*slots)[32])
       : args_(args),
         part_(part),
         first_row_(first_row),
         last_row_(num_weight_rows - 1),
-        slots_(&slots[0][0][threadIdx.x % 32]),
+        slots_(&slots[0][threadIdx.x % 32]),
         tile_(blockIdx.x / args.k_parts) {
     begin_tile();
 #pragma unroll 1
@@ -162,20 +138,16 @@ class WeightStream {
   }
 
   /// The next block's words.
-  __device__ void next(uint4 (&words)[Shape::kFragments]) {
+  __device__ uint4 next() {
     wait_for_copies<Shape::kSlots - 1>();
-#pragma unroll
-    for (int f = 0; f < Shape::kFragments; ++f) words[f] = slot()[f * 32];
+    return slots_[at_ * 32];
   }
 
   /// Fetches one more, into the slot of what next() gave last.
   __device__ void fetch() {
     if (left_ > 0) {
-#pragma unroll
-      for (int f = 0; f < Shape::kFragments; ++f) {
-        copy_async(slot() + f * 32, from_[f], true);
-        from_[f] += kWeightBlockBytes;
-      }
+      copy_async(slots_ + at_ * 32, from_, true);
+      from_ += kWeightBlockBytes;
       if (--left_ == 0) {
         tile_ += gridDim.x / args_.k_parts;
         begin_tile();
@@ -186,8 +158,6 @@ class WeightStream {
   }
 
  private:
-  __device__ uint4* slot() const { return slots_ + at_ * (Shape::kFragments * 32); }
-
   /// Looks for the next tile that matters.
   __device__ void begin_tile() {
     const int num_tiles = args_.num_row_tiles * args_.num_output_tiles;
@@ -196,15 +166,11 @@ class WeightStream {
     }
     if (tile_ >= num_tiles) return;
     left_ = part_.end_block - part_.first_block;
-#pragma unroll
-    for (int f = 0; f < Shape::kFragments; ++f) {
-      // What lies beyond the last output is not stored.
-      const int row =
-          min(tile_ / args_.num_row_tiles * (Shape::kOutputs / 16) + first_row_ + 4 * f, last_row_);
-      from_[f] = args_.packed + threadIdx.x % 32 * 16 +
-                 (static_cast<std::int64_t>(row) * args_.num_blocks + part_.first_block) *
-                     kWeightBlockBytes;
-    }
+    // What lies beyond the last output is not stored.
+    const int row = min(tile_ / args_.num_row_tiles * (kPlanOutputs / 16) + first_row_, last_row_);
+    from_ =
+        args_.packed + threadIdx.x % 32 * 16 +
+        (static_cast<std::int64_t>(row) * args_.num_blocks + part_.first_block) * kWeightBlockBytes;
   }
 
   const WgmmaArgs& args_;
@@ -212,153 +178,61 @@ class WeightStream {
   int first_row_, last_row_;
   uint4* slots_;
   int tile_;
-  const std::uint8_t* from_[Shape::kFragments];
+  const std::uint8_t* from_ = nullptr;
   int left_ = 0, at_ = 0;
 };
-
-/// Stores eight neighbouring outputs of one row, those that exist.
-template <typename Y>
-__device__ inline void store_eight(uint4 loaded, std::int64_t row, int column, std::int64_t m,
-                                   const Output<Y>& out) {
-  if (row >= m || column >= out.n) return;
-  Y values[8];
-  memcpy(values, &loaded, 16);
-  const std::int64_t to = row * out.n + column;
-  const bool whole = out.n % 8 == 0;
-  if (out.residual != nullptr) {
-    Y residual[8];
-    if (whole) memcpy(residual, __builtin_assume_aligned(out.residual + to, 16), 16);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (!whole) residual[i] = column + i < out.n ? out.residual[to + i] : values[i];
-      values[i] = from_float<Y>(to_float(residual[i]) + to_float(values[i]));
-    }
-  }
-  if (whole) {
-    memcpy(&loaded, values, 16);
-    *reinterpret_cast<uint4*>(out.y + to) = loaded;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (column + i < out.n) out.y[to + i] = values[i];
-    }
-  }
-}
-
-/// Stores 16 * kChunks rows of a warp's 16 outputs. acc[4 j + i]: register i of rows 8 j ...
-/// @param transpose Shared memory [kChunks][32].
-template <int kChunks, Activation kActivation, typename Y>
-__device__ inline void store_rows(const WgmmaSum<kActivation> (&acc)[8 * kChunks],
-                                  const RowFactors* factors, const float (&weight_scale)[2],
-                                  std::int64_t row, int column, std::int64_t m,
-                                  const Output<Y>& out, uint4 (*transpose)[32]) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  if constexpr (sizeof(Y) == 2) {
-    std::uint32_t packed[kChunks][4];
-#pragma unroll
-    for (int j = 0; j < 2 * kChunks; ++j) {
-      const RowFactors rows[2] = {factors[8 * j + 2 * t], factors[8 * j + 2 * t + 1]};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Y values[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          values[i] = from_float<Y>(
-              wgmma_value<kActivation, Y>(acc[4 * j + 2 * half + i], rows[i], weight_scale[half]));
-        }
-        memcpy(&packed[j / 2][2 * (j % 2) + half], values, 4);
-      }
-    }
-    // Matrix 2 j + half goes to rows 8 j ... and outputs 8 half ... of [16 rows][16 outputs].
-    const int matrix = lane / 8, in_matrix = lane % 8;
-    const int to = (8 * (matrix / 2) + in_matrix) * 2 + matrix % 2;
-    __syncwarp();
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                       shared_address(&transpose[chunk][to])),
-                   "r"(packed[chunk][0]), "r"(packed[chunk][1]), "r"(packed[chunk][2]),
-                   "r"(packed[chunk][3])
-                   : "memory");
-    }
-    __syncwarp();
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      store_eight(transpose[chunk][lane], row + 16 * chunk + lane / 2, column + 8 * (lane % 2), m,
-                  out);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 2 * kChunks; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int in_rows = 8 * j + 2 * t + i % 2, my_column = column + g + i / 2 * 8;
-        if (row + in_rows >= m || my_column >= out.n) continue;
-        const std::int64_t to = (row + in_rows) * out.n + my_column;
-        if constexpr (std::is_same_v<Y, std::int32_t>) {
-          out.y[to] = acc[4 * j + i] + factors[in_rows].bias - kFloatBiasBits;
-        } else {
-          const float value =
-              wgmma_value<kActivation, Y>(acc[4 * j + i], factors[in_rows], weight_scale[i / 2]);
-          out.y[to] = out.residual == nullptr ? value : out.residual[to] + value;
-        }
-      }
-    }
-  }
-}
 
 /// The multiplying warpgroups.
 template <typename Shape, Activation kActivation, typename Y>
 __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& part,
                                       const Output<Y>& out, WgmmaMemory<Shape>& memory) {
   using Sum = WgmmaSum<kActivation>;
-  constexpr int kFragments = Shape::kFragments, kRows = Shape::kRows;
+  constexpr int kRows = Shape::kRows;
   const int thread = threadIdx.x - kWgmmaProducers;
-  const int lane = thread % 32, warp = thread / 32, warpgroup = thread / 128;
-  const auto column_of = [&](int output_tile, int fragment) {
-    return output_tile * Shape::kOutputs + (warpgroup * kFragments + fragment) * 64 + warp % 4 * 16;
-  };
+  const int lane = thread % 32, warp = thread / 32;  // 16 outputs a warp
   const auto release = [&](int stage) {
     if (lane == 0) memory.empty[stage].arrive();
   };
   // Weights don't depend on the kernel before.
   if (args.limits.past_lens != nullptr) wait_for_previous_kernel();
-  WeightStream<Shape> weights(args, part, warpgroup * kFragments * 4 + warp % 4,
-                              static_cast<int>((out.n + 15) / 16), memory.weights[warp]);
+  WeightStream<Shape> weights(args, part, warp, static_cast<int>((out.n + 15) / 16),
+                              memory.weights[warp]);
   wait_for_previous_kernel();
   int at = 0;
   for_each_tile<Shape>(args, [&](int row_tile, int output_tile, int turn) {
     const std::int64_t first_row = static_cast<std::int64_t>(row_tile) * kRows;
-    RowFactors* factors = memory.rows[turn % 2];
+    // What the epilogue needs is on its way meanwhile.
+    float s = 1.0F;
+    int row_sum = 0;
     if (thread < kRows && first_row + thread < args.m) {
-      const float s = args.rows.s[first_row + thread];
-      factors[thread] = {s, 1.0F / s, kFloatBiasBits - args.rows.sums[first_row + thread]};
+      s = args.rows.s[first_row + thread];
+      row_sum = args.rows.sums[first_row + thread];
     }
-    Sum acc[kFragments][kRows / 2];
+    const int first_column = output_tile * kPlanOutputs + 16 * warp;
+    float weight_scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = first_column + lane / 4 + 8 * half;
+      weight_scale[half] = column < out.n ? column_scale(out, column) : 0.0F;
+    }
+    Sum acc[kRows / 2];
     // Half a block is unpacked while the half before it is multiplied.
-    std::uint32_t codes[2][kFragments][2][4];
+    std::uint32_t codes[2][2][4];
     const int num_blocks = part.end_block - part.first_block;
     for (int i = 0; i < num_blocks; ++i, ++at) {
       const int stage = at % Shape::kStages;
-      uint4 words[kFragments];
-      weights.next(words);
+      const uint4 words = weights.next();
       memory.full[stage].wait(at / Shape::kStages & 1);
       const std::uint64_t rows = swizzled_rows(memory.stages[stage]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int f = 0; f < kFragments; ++f) {
-          unpack_wgmma<kActivation>(half == 0 ? words[f].x : words[f].z, codes[half][f][0]);
-          unpack_wgmma<kActivation>(half == 0 ? words[f].y : words[f].w, codes[half][f][1]);
-        }
+        unpack_wgmma<kActivation>(half == 0 ? words.x : words.z, codes[half][0]);
+        unpack_wgmma<kActivation>(half == 0 ? words.y : words.w, codes[half][1]);
         wgmma_fence();
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
-#pragma unroll
-          for (int f = 0; f < kFragments; ++f) {
-            wgmma(acc[f], codes[half][f][word], rows + 2 * (2 * half + word),
-                  i > 0 || half > 0 || word > 0);
-          }
+          wgmma(acc, codes[half][word], rows + 2 * (2 * half + word),
+                i > 0 || half > 0 || word > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -369,63 +243,45 @@ __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& pa
     wgmma_wait<0>();
     release((at + Shape::kStages - 1) % Shape::kStages);
 
-    asm volatile("bar.sync 1, %0;" ::"n"(kWgmmaConsumers) : "memory");  // factors are there
-    float weight_scale[kFragments][2];
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = column_of(output_tile, f) + lane / 4 + 8 * half;
-        weight_scale[f][half] = column < out.n ? column_scale(out, column) : 0.0F;
-      }
-    }
-    const auto store = [&](const auto& sums, int f, int first) {
+    RowFactors* factors = memory.rows[turn % 2];
+    if (thread < kRows) factors[thread] = {s, 1.0F / s, kFloatBiasBits - row_sum};
+    asm volatile("bar.sync 1, %0;" ::"n"(kWgmmaConsumers) : "memory");
+    const auto store = [&](const auto& sums, int first) {
       constexpr int kChunks = sizeof(sums) / sizeof(Sum) / 8;
-      store_rows<kChunks, kActivation, Y>(sums, factors + first, weight_scale[f], first_row + first,
-                                          column_of(output_tile, f), args.m, out,
-                                          memory.transpose[warp]);
+      store_rows<kChunks, kActivation, Y>(sums, factors + first, weight_scale, first_row + first,
+                                          first_column, args.m, out, memory.transpose[warp]);
     };
     if (args.k_parts == 1) {
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
+      for (int first = 0; first < kRows; first += 32) {
+        Sum sums[16];
 #pragma unroll
-        for (int first = 0; first < kRows; first += 32) {
-          Sum sums[16];
-#pragma unroll
-          for (int x = 0; x < 16; ++x) sums[x] = acc[f][first / 2 + x];
-          store(sums, f, first);
-        }
+        for (int x = 0; x < 16; ++x) sums[x] = acc[first / 2 + x];
+        store(sums, first);
       }
       return;
     }
     // Parts of K lie in the stages, which nobody uses any more; chunks of 16 rows take turns.
     uint4* mine = &memory.parts[0][thread];
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int x = 0; x < kRows / 8; ++x) {
-        memcpy(mine + (f * (kRows / 8) + x) * kWgmmaConsumers, &acc[f][4 * x], 16);
-      }
-    }
+    for (int x = 0; x < kRows / 8; ++x) memcpy(mine + x * kWgmmaConsumers, &acc[4 * x], 16);
     cluster_sync();
     const std::uint32_t address = shared_address(mine);
     for (int chunk = part.k_part; chunk < kRows / 16; chunk += args.k_parts) {
+      Sum sums[8] = {};
+      for (int k_part = 0; k_part < args.k_parts; ++k_part) {
+        const std::uint32_t there =
+            cluster_address(address, k_part) + 2 * chunk * kWgmmaConsumers * 16;
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        Sum sums[8] = {};
-        for (int k_part = 0; k_part < args.k_parts; ++k_part) {
-          const std::uint32_t there = cluster_address(address, k_part) +
-                                      (f * (kRows / 8) + 2 * chunk) * kWgmmaConsumers * 16;
+        for (int x = 0; x < 2; ++x) {
+          Sum values[4];
+          const uint4 loaded = load_cluster(there + x * kWgmmaConsumers * 16);
+          memcpy(values, &loaded, 16);
 #pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            Sum values[4];
-            const uint4 loaded = load_cluster(there + x * kWgmmaConsumers * 16);
-            memcpy(values, &loaded, 16);
-            for (int y = 0; y < 4; ++y) sums[4 * x + y] += values[y];
-          }
+          for (int y = 0; y < 4; ++y) sums[4 * x + y] += values[y];
         }
-        store(sums, f, 16 * chunk);
       }
+      store(sums, 16 * chunk);
     }
   });
 }

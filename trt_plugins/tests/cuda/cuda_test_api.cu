@@ -13,18 +13,9 @@ TINYLM_TEST_API std::int64_t tinylm_bit_linear_workspace(std::int64_t m, std::in
   return bit_linear_workspace(m, k, static_cast<Activation>(activation));
 }
 
-/// fragments, rows, k_parts; nullptr for the launcher's choice.
+/// rows, k_parts; nullptr for the launcher's choice.
 static ProductPlan plan_of(const std::int32_t* plan) {
-  return plan == nullptr ? ProductPlan{} : ProductPlan{plan[0], plan[1], plan[2]};
-}
-
-/// The launcher's choice, needs no GPU.
-TINYLM_TEST_API void tinylm_plan_product(std::int64_t m, std::int64_t n, std::int64_t k,
-                                         int num_sms, std::int32_t* plan) {
-  const ProductPlan found = plan_product(m, n, k, num_sms);
-  plan[0] = found.fragments;
-  plan[1] = found.rows;
-  plan[2] = found.k_parts;
+  return plan == nullptr ? ProductPlan{} : ProductPlan{plan[0], plan[1]};
 }
 
 TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, std::int64_t n,
