@@ -118,8 +118,8 @@ def test_every_plan_gives_exact_sums(plan: cuda_kernels.Plan) -> None:
         assert torch.equal(sums.long(), (q.double() @ codes.double().t()).long()), (m, n, k)
 
 
-# Sums of fp8 tensor cores, relative to the sum of the products' magnitudes; measured on an H100 with
-# bfloat16: 1.0e-3, 4.8e-4 and 1.2e-3 at K 1024, 4096 and 8192; its rounding is 2e-4 to 5e-4 of that.
+# Sums of fp8 tensor cores, relative to the sum of the products' magnitudes. Found on an H100 with
+# bfloat16: 1.0e-3, 4.8e-4, 1.2e-3 at K 1024, 4096, 8192; its rounding makes 2e-4 to 5e-4 of that.
 FP8_SUM_LIMIT = 3e-3
 
 
