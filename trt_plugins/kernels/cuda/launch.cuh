@@ -24,6 +24,21 @@ inline cudaError_t count_multiprocessors(int& count) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+/// Bytes that a thread block may have on the current GPU.
+inline cudaError_t max_shared_memory(int& bytes) {
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+/// Whether the current GPU, Hopper or newer, lets a kernel begin before the one before it ends.
+inline bool can_launch_early() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 /// Launches a kernel that may begin before the stream's kernel before it ends, and so calls
 /// wait_for_previous_kernel(); clusters of `cluster` thread blocks.
 template <typename... Parameters, typename... Arguments>
@@ -36,12 +51,17 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  if (can_launch_early()) {
+    auto& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    auto& size = attributes[config.numAttrs++];
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

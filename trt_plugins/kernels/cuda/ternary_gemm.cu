@@ -83,6 +83,10 @@ cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) 
   if (p.m == 1 && p.k <= RowShape<512, 4, 16>::kMostInputs) {
     if (p.k <= 1024) return launch_row<RowShape<256, 1, 16>, kActivation>(p, out, stream);
     if (p.k <= 4096) return launch_row<RowShape<256, 4, 16>, kActivation>(p, out, stream);
+    // GPUs of 8.6 and 8.9 have 99 KiB of shared memory for a thread block.
+    int most = 0;
+    if (const auto error = max_shared_memory(most)) return error;
+    if (most < 160 * 1024) return launch_row<RowShape<512, 4, 8>, kActivation>(p, out, stream);
     return launch_row<RowShape<512, 4, 16>, kActivation>(p, out, stream);
   }
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));

@@ -22,7 +22,9 @@ inline constexpr std::int64_t packed_bytes(std::int64_t n, std::int64_t k) {
   return round_up(n, 16) * round_up(k, 128) / 4;
 }
 
-/// Arguments of bit_linear(). Device pointers, aligned to 16 bytes.
+/// Arguments of bit_linear(). Device pointers, aligned to 16 bytes. On Hopper the weights, their
+/// scale and the norm's weights are read before the stream's kernel before has ended, if that
+/// allows it (programmatic dependent launch): it must not be the one that writes them.
 struct BitLinearParams {
   DataType type = DataType::kFloat;  ///< of x, y and residual
   Activation activation = Activation::kInt8;
