@@ -17,8 +17,9 @@ struct RowShape {
   static constexpr int kSlots = kSlots_;  // blocks of weights on their way to a warp
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostInputs = 4 * kThreads * kVectors;
-  /// 16 outputs each, of one thread block; each output has a thread in the end.
-  static constexpr int kMostTiles = kThreads / 16;
+  /// 16 outputs each, of one thread block; each output has a thread in the end. Few slots are for
+  /// GPUs with little shared memory.
+  static constexpr int kMostTiles = kSlots < 16 ? 8 : kThreads / 16;
 };
 
 struct RowWeights {
