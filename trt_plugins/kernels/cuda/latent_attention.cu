@@ -6,6 +6,7 @@
 #include "latent_decode.cuh"
 #include "latent_prefill.cuh"
 #include "latent_tensor.cuh"
+#include "launch_cluster.cuh"
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 
@@ -232,6 +233,10 @@ cudaError_t run(const LatentAttentionShape& shape, const LatentAttentionParams& 
   if constexpr (!std::is_same_v<T, float>) {
     if (can_expand(shape, p.type, p.length)) {
       return attend_expanded(shape, args, p.batch, workspace, stream);
+    }
+    constexpr std::int64_t kMaxGridRows = 65535;
+    if (p.length == 1 && p.batch <= kMaxGridRows && cluster_takes(shape) && device_is_hopper()) {
+      return launch_cluster(args, p.batch, stream);
     }
   }
   return attend_latent(shape, args, p.batch, workspace, stream);

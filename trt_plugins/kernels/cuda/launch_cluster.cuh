@@ -1,0 +1,72 @@
+// Launches latent_cluster().
+#pragma once
+
+#include "latent_cluster.cuh"
+#include "launch.cuh"
+
+namespace tinylm::cuda {
+
+/// Whether the current device runs what is built for sm_90a.
+inline bool device_is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+
+template <int kRank, typename T>
+cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const int groups = (args.num_heads + kClusterHeads - 1) / kClusterHeads;
+  const int blocks =
+      cluster_blocks(batch * groups, args.capacity, multiprocessors * cluster_blocks_each(kRank));
+  const auto kernel = latent_cluster<kRank, T>;
+  const int bytes = ClusterMemory<kRank>{args.rope_dim}.bytes();
+  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
+  if (blocks > 8) {
+    const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
+                        static_cast<unsigned>(batch));
+  config.blockDim = dim3(kClusterThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+/// Enqueues a step of one new token a row; cluster_takes() the shape.
+template <typename T>
+cudaError_t launch_cluster(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
+  switch (args.rank) {
+    case 64:
+      return launch_cluster_of<64>(args, batch, stream);
+    case 128:
+      return launch_cluster_of<128>(args, batch, stream);
+    case 192:
+      return launch_cluster_of<192>(args, batch, stream);
+    case 256:
+      return launch_cluster_of<256>(args, batch, stream);
+    case 384:
+      return launch_cluster_of<384>(args, batch, stream);
+    case 512:
+      return launch_cluster_of<512>(args, batch, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace tinylm::cuda
