@@ -5,6 +5,7 @@
 #include "latent_attention.h"
 #include "latent_decode.cuh"
 #include "latent_prefill.cuh"
+#include "latent_prefill_wgmma.cuh"
 #include "latent_tensor.cuh"
 #include "launch_cluster.cuh"
 #include "launch_gemm.cuh"
@@ -175,6 +176,27 @@ struct ExpandWorkspace {
   }
 };
 
+template <int kKeyDim, int kValueDim, typename T>
+cudaError_t launch_prefill_wgmma(const LatentArgs<T>& args, std::int64_t first_row,
+                                 std::int64_t rows, const T* expanded, const float2* angles,
+                                 cudaStream_t stream) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  const auto kernel = latent_prefill_wgmma<kKeyDim, kValueDim, T>;
+  if (const auto error = allow_shared_memory(kernel, Sizes::kBytes)) return error;
+  int device = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const std::int64_t items =
+      (args.length + Sizes::kQueries - 1) / Sizes::kQueries * args.num_heads * rows;
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors));
+  kernel<<<blocks, Sizes::kThreads, Sizes::kBytes, stream>>>(
+      args, static_cast<int>(first_row), static_cast<int>(rows), expanded, angles);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T>& args,
                            std::int64_t first_row, std::int64_t rows, const T* expanded,
@@ -182,6 +204,13 @@ cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T
   cudaError_t error = cudaErrorInvalidValue;
   with_prefill_widths(shape, [&](auto key_dim, auto value_dim) {
     constexpr int kKeyDim = decltype(key_dim)::value, kValueDim = decltype(value_dim)::value;
+    if constexpr (kValueDim >= 64) {
+      if (args.rope_dim % 16 == 0 && device_is_hopper()) {
+        error = launch_prefill_wgmma<kKeyDim, kValueDim>(args, first_row, rows, expanded, angles,
+                                                         stream);
+        return true;
+      }
+    }
     constexpr int kBytes = PrefillMemory<kKeyDim, kValueDim>::kBytes;
     const auto kernel = latent_prefill<kKeyDim, kValueDim, T>;
     error = allow_shared_memory(kernel, kBytes);
