@@ -4,6 +4,7 @@
 
 #include "latent_attention.h"
 #include "latent_decode.cuh"
+#include "latent_expand.cuh"
 #include "latent_prefill.cuh"
 #include "latent_prefill_wgmma.cuh"
 #include "latent_tensor.cuh"
@@ -79,8 +80,10 @@ LatentArgs<T> make_args(const LatentAttentionShape& shape, const LatentAttention
 template <typename T>
 cudaError_t append(const LatentArgs<T>& args, std::int64_t batch, float2* angles,
                    cudaStream_t stream) {
-  latent_append<T><<<static_cast<unsigned>(batch * args.length), kAppendThreads,
-                     args.rank * sizeof(float), stream>>>(args, angles);
+  constexpr std::int64_t kWarps = kAppendThreads / 32;
+  const std::int64_t tokens = batch * args.length;
+  latent_append<T><<<static_cast<unsigned>((tokens + kWarps - 1) / kWarps), kAppendThreads,
+                     kWarps * args.rank * sizeof(float), stream>>>(args, tokens, angles);
   return cudaGetLastError();
 }
 
@@ -225,6 +228,33 @@ cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T
   return error;
 }
 
+/// Expands `rows` batch rows from first_row on.
+template <typename T>
+cudaError_t expand(const LatentAttentionShape& shape, const LatentArgs<T>& args,
+                   std::int64_t first_row, std::int64_t rows, T* expanded, void* arranged_memory,
+                   cudaStream_t stream) {
+  const std::int64_t n = shape.kv_b_rows();
+  if (args.rank % kExpandMultiple == 0 && n % 2 == 0) {
+    const int bytes = expand_bytes(args.rank);
+    const dim3 grid(static_cast<unsigned>((args.capacity + kExpandTokens - 1) / kExpandTokens),
+                    static_cast<unsigned>((n + 16 * kExpandBlocks - 1) / (16 * kExpandBlocks)),
+                    static_cast<unsigned>(rows));
+    latent_expand<T>
+        <<<grid, kExpandThreads, bytes, stream>>>(args, static_cast<int>(first_row), expanded);
+    return cudaGetLastError();
+  }
+  const std::int64_t m = rows * args.capacity, slot = first_row * args.capacity;
+  const QuantizedRows arranged = cut_workspace(arranged_memory, m, args.rank, Activation::kInt8);
+  const RowLimits limits{args.past_lens + first_row, args.seq_lens + first_row, args.capacity};
+  if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
+                                        args.rank, arranged, limits, stream)) {
+    return error;
+  }
+  const Output<T> out{expanded, nullptr, args.kv_b_scale, n};
+  return launch_product<Activation::kInt8>({arranged, args.kv_b, m, args.rank, limits}, out,
+                                           stream);
+}
+
 /// Expands batch rows to keys and values and attends with tensor cores, group by group.
 template <typename T>
 cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<T>& args,
@@ -236,19 +266,8 @@ cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<
   if (const auto error = append(args, batch, angles, stream)) return error;
   for (std::int64_t b = 0; b < batch; b += parts.rows) {
     const std::int64_t rows = std::min(parts.rows, batch - b);
-    const std::int64_t m = rows * args.capacity, slot = b * args.capacity;
-    const QuantizedRows arranged =
-        cut_workspace(memory + parts.arranged, m, args.rank, Activation::kInt8);
-    const RowLimits limits{args.past_lens + b, args.seq_lens + b, args.capacity};
-    if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
-                                          args.rank, arranged, limits, stream)) {
+    if (const auto error = expand(shape, args, b, rows, expanded, memory + parts.arranged, stream))
       return error;
-    }
-    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
-    if (const auto error = launch_product<Activation::kInt8>(
-            {arranged, args.kv_b, m, args.rank, limits}, out, stream)) {
-      return error;
-    }
     if (const auto error = launch_prefill(shape, args, b, rows, expanded, angles, stream))
       return error;
   }
