@@ -1,6 +1,6 @@
 // What comes before attention in latent_cluster(): the new token's cache entry, and the queries in
-// the latent space, W_uk^T q_nope, as operands of mma.m16n8k16. The thread blocks of a cluster
-// share the heads, and store each result to all of them.
+// the latent space, W_uk^T q_nope, with their rotated parts. The thread blocks of a cluster share
+// the heads, and store each result to all of them.
 #pragma once
 
 #include "cluster.cuh"
@@ -10,38 +10,41 @@
 
 namespace tinylm::cuda {
 
-inline constexpr int kClusterThreads = 256;
-inline constexpr int kClusterWarps = kClusterThreads / 32;
+inline constexpr int kClusterWarps = 8;  // that attend; one more appends
+inline constexpr int kAttendThreads = 32 * kClusterWarps;
+inline constexpr int kClusterThreads = kAttendThreads + 32;
 inline constexpr int kFragmentBytes = 512;  // an A operand of 16 x 16 halves: lane x 4 words
 
+/// Named barriers of latent_cluster(); 0 is __syncthreads().
+inline constexpr int kAttendBarrier = 1, kFreshBarrier = 2;
+
 /// Shared memory of latent_cluster(), offsets in bytes.
-template <int kRank>
+template <int kRank, int kRope>
 struct ClusterMemory {
   static constexpr int kLatentStride = (kRank + 127) / 128 * 128;
   static constexpr int kStages = 2;
-  static constexpr int kQuery = 0;                                       // half, R / 16 fragments
-  static constexpr int kWeights = kQuery + kRank / 16 * kFragmentBytes;  // half, a fragment a warp
-  static constexpr int kParts = kWeights + kClusterWarps * kFragmentBytes;   // float [16][R]
-  static constexpr int kStats = kParts + kClusterHeads * kRank * 4;          // float [16][4]
-  static constexpr int kQueryScale = kStats + kClusterHeads * 16;            // float [heads]
-  static constexpr int kRatio = kQueryScale + kClusterHeads * 4;             // float [heads]
-  static constexpr int kMost = kRatio + kClusterHeads * 4;                   // float [heads][warps]
-  static constexpr int kTotals = kMost + kClusterHeads * kClusterWarps * 4;  // float2, the same
-  static constexpr int kFreshScale = kTotals + kClusterHeads * kClusterWarps * 8;  // float
-  static constexpr int kFresh = kFreshScale + 16;      // int8 [R]: the new token's latent
-  static constexpr int kFreshRope = kFresh + kRank;    // T [P]: its key
-  static constexpr int kQueryRope = kFreshRope + 128;  // T, P / 16 fragments
-  // Scratch before attention: the weights' place holds the new latent as floats, the parts' place
-  // a rotated query a warp; and after it: the stages hold the combined latents.
-
-  int rope_dim;
-  __host__ __device__ int stages() const {
-    return (kQueryRope + rope_dim / 16 * kFragmentBytes + 127) / 128 * 128;
-  }
-  __host__ __device__ int stage_bytes() const {
-    return kClusterTokens * (kLatentStride + 2 * rope_dim + 4);
-  }
-  __host__ __device__ int bytes() const { return stages() + kStages * stage_bytes(); }
+  // A query is half [R], T [P], a float that scales its scores, padding: an odd number of 16 bytes.
+  static constexpr int kQueryScale = 2 * (kRank + kRope);
+  static constexpr int kQueryStride = kQueryScale + 16;
+  static constexpr int kQuery = 0;
+  static constexpr int kWeights = kQuery + kClusterHeads * kQueryStride;  // half, a fragment a warp
+  static constexpr int kParts = kWeights + kClusterWarps * kFragmentBytes;  // float [16][R]
+  static constexpr int kStats = kParts + kClusterHeads * kRank * 4;         // float [16][4]
+  static constexpr int kRatio = kStats + kClusterHeads * 16;                // float [heads]
+  static constexpr int kMost = kRatio + kClusterHeads * 4;                  // float [heads][warps]
+  static constexpr int kFreshScale = kMost + kClusterHeads * kClusterWarps * 4;  // float
+  static constexpr int kBarriers = kFreshScale + 16;        // of the queries, of the parts
+  static constexpr int kFresh = kBarriers + 16;             // int8 [R]: the new token's latent
+  static constexpr int kFreshRope = kFresh + kRank;         // T [P]: its key
+  static constexpr int kFreshRow = kFreshRope + 2 * kRope;  // float [R]: scratch for it
+  static constexpr int kAngles = kFreshRow + 4 * kRank;     // float2 [P / 2]
+  static constexpr int kStage0 = (kAngles + 4 * kRope + 127) / 128 * 128;
+  static constexpr int kStageRope = kClusterTokens * kLatentStride;
+  static constexpr int kStageScale = kStageRope + kClusterTokens * 2 * kRope;
+  static constexpr int kStageBytes = kStageScale + kClusterTokens * 4;
+  static constexpr int kBytes = kStage0 + kStages * kStageBytes;
+  // The place of the weights and the parts holds the scaled queries before attention, float [heads]
+  // [nope]; that of the weights the warps' sums after it; that of the stages the mean latents.
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -94,58 +97,103 @@ struct ClusterPlace {
   std::uint32_t memory;  // address of the shared memory
 
   __device__ int heads_each() const { return kClusterHeads / size; }
+  /// Heads of this thread block that there are.
+  __device__ int heads_here() const {
+    return min(heads_each(), max(0, num_heads - rank * heads_each()));
+  }
 };
 
-/// W_uk^T q of this thread block's heads: a warp takes a head and 32 latent dimensions at a time.
-template <int kRank, typename T>
-__device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPlace& at) {
-  using Memory = ClusterMemory<kRank>;
-  constexpr int kWords = kRank / 32, kMaxBlocks = 8;
-  const int g = at.lane / 4, t = at.lane % 4;
-  const int num_blocks = args.nope_dim / 16;
-  for (int unit = at.warp; unit < at.heads_each() * kWords; unit += kClusterWarps) {
-    const int head = at.rank * at.heads_each() + unit / kWords, word = unit % kWords;
-    float sums[2][4] = {};
-    float up = 1.0F;
-    if (head < at.num_heads) {
-      const int first_row = (at.first_head + head) * (args.nope_dim + args.value_dim);
-      const T* q = args.qkv + static_cast<std::int64_t>(at.b) * args.width +
-                   (at.first_head + head) * args.qk_dim() + 2 * t;
-      const float* scale = args.kv_b_scale + first_row + 2 * t;
-      std::uint32_t codes[kMaxBlocks][2];
-      float values[kMaxBlocks][4], bound = 0.0F;
-#pragma unroll
-      for (int i = 0; i < kMaxBlocks; ++i) {
-        if (i >= num_blocks) break;
-        // The words with dimensions 2 t and 2 t + 1 of the head: another order than a lane's own.
-        for (int d = 0; d < 2; ++d) {
-          codes[i][d] = weight_word(args.kv_b, first_row / 16 + i, word, args.kv_b_blocks(),
-                                    4 * (2 * t + d) + g % 4);
-        }
-        for (int u = 0; u < 2; ++u) {
-          T pair[2];
-          memcpy(pair, q + 16 * i + 8 * u, sizeof(pair));
-          const float2 s = *reinterpret_cast<const float2*>(scale + 16 * i + 8 * u);
-          values[i][2 * u] = to_float(pair[0]) * s.x;
-          values[i][2 * u + 1] = to_float(pair[1]) * s.y;
-          bound += fabsf(values[i][2 * u]) + fabsf(values[i][2 * u + 1]);
-        }
+/// Two blocks of 16 rows of W_uk by 32 latent dimensions: codes of rows 2 t, 2 t + 1, 8 + 2 t and
+/// 9 + 2 t, dimensions 4 (g % 4) ... and 16 further.
+struct KeyCodes {
+  std::uint32_t words[2][2];
+
+  template <typename T>
+  __device__ void load(const LatentArgs<T>& args, const ClusterPlace& at, int unit, int words_each,
+                       int first) {
+    const int head = at.first_head + at.rank * at.heads_each() + unit / words_each;
+    const int row_block = head * (args.nope_dim + args.value_dim) / 16;
+    const int last = args.nope_dim / 16 - 1;
+    for (int i = 0; i < 2; ++i) {
+      for (int d = 0; d < 2; ++d) {
+        words[i][d] = weight_word(args.kv_b, row_block + min(first + i, last), unit % words_each,
+                                  args.kv_b_blocks(), 4 * (at.lane % 4 * 2 + d) + at.lane / 4 % 4);
       }
-      bound += __shfl_xor_sync(0xffffffffU, bound, 1);
-      bound += __shfl_xor_sync(0xffffffffU, bound, 2);
-      up = detail::scale_up(bound);
-      const std::uint32_t byte = at.lane / 16 * 2;
+    }
+  }
+};
+
+/// Queries of this thread block's heads times W_uk's scales and a power of two, a warp a head:
+/// float [heads][nope].
+template <int kRank, int kRope, typename T>
+__device__ inline void scale_queries(const LatentArgs<T>& args, const ClusterPlace& at,
+                                     unsigned char* memory) {
+  using Memory = ClusterMemory<kRank, kRope>;
+  constexpr int kMaxParts = 4;  // of 32 dimensions
+  auto* scaled = reinterpret_cast<float*>(memory + Memory::kWeights);
+  for (int i = at.warp; i < at.heads_here(); i += kClusterWarps) {
+    const int local = at.rank * at.heads_each() + i, head = at.first_head + local;
+    const T* q = args.qkv + static_cast<std::int64_t>(at.b) * args.width + head * args.qk_dim();
+    const float* scale = args.kv_b_scale + head * (args.nope_dim + args.value_dim);
+    float values[kMaxParts], bound = 0.0F;
 #pragma unroll
-      for (int i = 0; i < kMaxBlocks; ++i) {
-        if (i >= num_blocks) break;
+    for (int part = 0; part < kMaxParts; ++part) {
+      const int d = 32 * part + at.lane;
+      values[part] = d < args.nope_dim ? to_float(q[d]) * scale[d] : 0.0F;
+      bound += fabsf(values[part]);
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      bound += __shfl_xor_sync(0xffffffffU, bound, offset);
+    }
+    const float up = detail::scale_up(bound);  // no sum of codes times these can be larger
+#pragma unroll
+    for (int part = 0; part < kMaxParts; ++part) {
+      const int d = 32 * part + at.lane;
+      if (d < args.nope_dim) scaled[i * args.nope_dim + d] = values[part] * up;
+    }
+    if (at.lane == 0) {
+      *reinterpret_cast<float*>(memory + local * Memory::kQueryStride + Memory::kQueryScale) =
+          1.0F / up * args.softmax_scale * 1.4426950408889634F;
+    }
+  }
+}
+
+/// W_uk^T q of this thread block's heads: a warp takes a head and 32 latent dimensions at a time.
+/// @param codes Of the warp's first unit.
+template <int kRank, int kRope, typename T>
+__device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPlace& at,
+                                      KeyCodes codes, unsigned char* memory) {
+  using Memory = ClusterMemory<kRank, kRope>;
+  constexpr int kWords = kRank / 32;
+  const int g = at.lane / 4, t = at.lane % 4, num_blocks = args.nope_dim / 16;
+  const std::uint32_t byte = at.lane / 16 * 2;
+  const auto* scaled = reinterpret_cast<const float*>(memory + Memory::kWeights);
+  const int num_units = at.heads_here() * kWords;
+  for (int unit = at.warp; unit < num_units; unit += kClusterWarps) {
+    const float* q = scaled + unit / kWords * args.nope_dim + 2 * t;
+    float sums[2][4] = {};
+    for (int first = 0; first < num_blocks; first += 2) {
+      const KeyCodes now = codes;
+      if (first + 2 < num_blocks) {
+        codes.load(args, at, unit, kWords, first + 2);
+      } else if (unit + kClusterWarps < num_units) {
+        codes.load(args, at, unit + kClusterWarps, kWords, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
         // A = 16 latent dimensions x 16 of the head, B = the query: column 0 has the larger half of
         // each value, column 1 the rest.
         std::uint32_t b[2] = {};
-        for (int u = 0; u < 2 && g < 2; ++u) {
-          b[u] = detail::pack_part(values[i][2 * u] * up, values[i][2 * u + 1] * up, g == 1);
+        if (first + i < num_blocks && g < 2) {
+          for (int u = 0; u < 2; ++u) {
+            const float2 pair = *reinterpret_cast<const float2*>(q + 16 * (first + i) + 8 * u);
+            b[u] = detail::pack_part(pair.x, pair.y, g == 1);
+          }
         }
-        const std::uint32_t even = __byte_perm(codes[i][0], codes[i][1], 0x4400U + 0x1111U * byte);
-        const std::uint32_t odd = __byte_perm(codes[i][0], codes[i][1], 0x5511U + 0x1111U * byte);
+        const std::uint32_t even =
+            __byte_perm(now.words[i][0], now.words[i][1], 0x4400U + 0x1111U * byte);
+        const std::uint32_t odd =
+            __byte_perm(now.words[i][0], now.words[i][1], 0x5511U + 0x1111U * byte);
         const std::uint32_t low[4] = {detail::code_pair<0>(even), detail::code_pair<0>(odd),
                                       detail::code_pair<1>(even), detail::code_pair<1>(odd)};
         const std::uint32_t high[4] = {detail::code_pair<2>(even), detail::code_pair<2>(odd),
@@ -154,76 +202,71 @@ __device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPl
         detail::multiply(sums[1], high, b[0], b[1], __half{});
       }
     }
-    // Lanes of t = 0 have dimensions 32 word + 16 i + 4 (g % 4) + 2 (g / 4) and the next.
+    if (t != 0) continue;
+    const int local = at.rank * at.heads_each() + unit / kWords;
+    unsigned char* row = memory + local * Memory::kQueryStride;
     for (int i = 0; i < 2; ++i) {
-      std::uint32_t pair = detail::pack_halves(sums[i][0] + sums[i][1], sums[i][2] + sums[i][3]);
-      pair = __shfl_sync(0xffffffffU, pair, at.lane & ~3);
-      const int step = word / 2 * 4 + g % 4, quad = (2 * word + i) % 4;
-      const std::uint32_t to = at.memory + Memory::kQuery + step * kFragmentBytes +
-                               (head % 8 * 4 + quad) * 16 + (head / 8 + g / 4 * 2) * 4;
-      for (int rank = t; rank < at.size; rank += 4) {
-        detail::store_remote(detail::remote_address(to, rank), pair);
-      }
-    }
-    if (word == 0 && at.lane < at.size) {
-      const float down = 1.0F / up * args.softmax_scale * 1.4426950408889634F;
-      const std::uint32_t to = at.memory + Memory::kQueryScale + 4 * head;
-      detail::store_remote(detail::remote_address(to, at.lane), __float_as_uint(down));
+      const int column = unit % kWords * 32 + 16 * i + g % 4 * 4 + g / 4 * 2;
+      *reinterpret_cast<std::uint32_t*>(row + 2 * column) =
+          detail::pack_halves(sums[i][0] + sums[i][1], sums[i][2] + sums[i][3]);
     }
   }
 }
 
-/// Rotated parts of the queries of this thread block's heads: a warp takes a head at a time.
-template <int kRank, typename T>
+/// Rotated parts of the queries of this thread block's heads, by one warp.
+template <int kRank, int kRope, typename T>
 __device__ inline void rotate_queries(const LatentArgs<T>& args, const ClusterPlace& at,
-                                      unsigned char* memory, float cosine, float sine) {
-  using Memory = ClusterMemory<kRank>;
-  const int half = args.rope_dim / 2;
-  T* rotated = reinterpret_cast<T*>(memory + Memory::kParts) + at.warp * 64;
-  for (int i = at.warp; i < at.heads_each(); i += kClusterWarps) {
-    const int head = at.rank * at.heads_each() + i;
-    const bool exists = head < at.num_heads;
-    if (at.lane < half && exists) {
-      const T* q = args.qkv + static_cast<std::int64_t>(at.b) * args.width +
-                   (at.first_head + head) * args.qk_dim() + args.nope_dim;
-      rotate_pair(q, rotated, half, at.lane, cosine, sine);
-    }
-    __syncwarp();
-    for (int j = at.lane; j < half * at.size; j += 32) {
-      const int column = j % half * 2, rank = j / half;
-      std::uint32_t pair = 0;
-      if (exists) memcpy(&pair, rotated + column, sizeof(pair));
-      const std::uint32_t to = at.memory + Memory::kQueryRope + column / 16 * kFragmentBytes +
-                               (head % 8 * 4 + column % 16 / 4) * 16 +
-                               (head / 8 + column % 4 / 2 * 2) * 4;
-      detail::store_remote(detail::remote_address(to, rank), pair);
-    }
-    __syncwarp();
+                                      unsigned char* memory) {
+  using Memory = ClusterMemory<kRank, kRope>;
+  constexpr int kHalf = kRope / 2;
+  const auto* angles = reinterpret_cast<const float2*>(memory + Memory::kAngles);
+  for (int i = at.lane; i < at.heads_here() * kHalf; i += 32) {
+    const int local = at.rank * at.heads_each() + i / kHalf, pair = i % kHalf;
+    const T* q = args.qkv + static_cast<std::int64_t>(at.b) * args.width +
+                 (at.first_head + local) * args.qk_dim() + args.nope_dim;
+    T* to = reinterpret_cast<T*>(memory + local * Memory::kQueryStride + 2 * kRank);
+    rotate_pair(q, to, kHalf, pair, angles[pair].x, angles[pair].y);
+  }
+}
+
+/// This thread block's queries to the others.
+template <int kRank, int kRope>
+__device__ inline void send_queries(const ClusterPlace& at, const unsigned char* memory) {
+  using Memory = ClusterMemory<kRank, kRope>;
+  constexpr int kPieces = Memory::kQueryStride / 16;
+  const int first = Memory::kQuery + at.rank * at.heads_each() * Memory::kQueryStride;
+  const int pieces = at.heads_here() * kPieces;
+  for (int i = threadIdx.x; i < pieces * (at.size - 1); i += kAttendThreads) {
+    const int to = (at.rank + 1 + i / pieces) % at.size, offset = first + 16 * (i % pieces);
+    detail::store_remote(detail::remote_address(at.memory + offset, to),
+                         *reinterpret_cast<const float4*>(memory + offset),
+                         detail::remote_address(at.memory + Memory::kBarriers, to));
   }
 }
 
 /// One warp norms, quantises and rotates the new token, into shared memory and into the cache.
-template <int kRank, typename T>
+template <int kRank, int kRope, typename T>
 __device__ inline void append_by_warp(const LatentArgs<T>& args, const ClusterPlace& at,
-                                      unsigned char* memory, float cosine, float sine) {
-  using Memory = ClusterMemory<kRank>;
-  const int half = args.rope_dim / 2;
+                                      unsigned char* memory) {
+  using Memory = ClusterMemory<kRank, kRope>;
+  constexpr int kHalf = kRope / 2;
   const bool stores = at.first_head == 0;  // one group of heads does
   const T* kv = args.qkv + static_cast<std::int64_t>(at.b) * args.width +
                 static_cast<std::int64_t>(args.num_heads) * args.qk_dim();
   const std::int64_t slot = static_cast<std::int64_t>(at.b) * args.capacity + at.position;
   T* key = reinterpret_cast<T*>(memory + Memory::kFreshRope);
-  if (at.lane < half) {
-    rotate_pair(kv + kRank, key, half, at.lane, cosine, sine);
+  if (at.lane < kHalf) {
+    const float2 angle = reinterpret_cast<const float2*>(memory + Memory::kAngles)[at.lane];
+    rotate_pair(kv + kRank, key, kHalf, at.lane, angle.x, angle.y);
     if (stores) {
-      T* to = args.rope + slot * args.rope_dim;
+      T* to = args.rope + slot * kRope;
       to[at.lane] = key[at.lane];
-      to[at.lane + half] = key[at.lane + half];
+      to[at.lane + kHalf] = key[at.lane + kHalf];
     }
   }
   const RowSource<T> source{kv, args.norm_weight, args.eps, kRank, false};
   const RowScale scale = quantize_row<32, Activation::kInt8>(
-      source, reinterpret_cast<float*>(memory + Memory::kWeights), kRank,
+      source, reinterpret_cast<float*>(memory + Memory::kFreshRow), kRank,
       [&](int, int column, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(memory + Memory::kFresh + column) = word;
         if (stores) *reinterpret_cast<std::uint32_t*>(args.latent + slot * kRank + column) = word;

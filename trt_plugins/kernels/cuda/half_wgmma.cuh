@@ -1,4 +1,4 @@
-// Hopper's warpgroup products for half precision, their operands' descriptors, and mbarriers.
+// Hopper's warpgroup products for half precision, and their operands' descriptors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,22 +43,6 @@ __device__ inline void take_registers() {
 template <int kRegisters>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-__device__ inline void barrier_init(std::uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void barrier_arrive(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-/// Waits until the phase of this parity is complete.
-__device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again_%=;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 
 /// d [64, 128] (+)= A [64, 16] . B [128, 16]^T, both from shared memory.

@@ -15,7 +15,7 @@ inline bool device_is_hopper() {
          major == 9 && minor == 0;
 }
 
-template <int kRank, typename T>
+template <int kRank, int kRope, typename T>
 cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   if (const auto error = cudaGetDevice(&device)) return error;
@@ -26,9 +26,9 @@ cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cud
   const int groups = (args.num_heads + kClusterHeads - 1) / kClusterHeads;
   const int blocks =
       cluster_blocks(batch * groups, args.capacity, multiprocessors * cluster_blocks_each(kRank));
-  const auto kernel = latent_cluster<kRank, T>;
-  const int bytes = ClusterMemory<kRank>{args.rope_dim}.bytes();
-  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
+  const auto kernel = latent_cluster<kRank, kRope, T>;
+  constexpr int kBytes = ClusterMemory<kRank, kRope>::kBytes;
+  if (const auto error = allow_shared_memory(kernel, kBytes)) return error;
   if (blocks > 8) {
     const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -41,11 +41,20 @@ cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cud
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
                         static_cast<unsigned>(batch));
   config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <int kRank, typename T>
+cudaError_t launch_cluster_rank(const LatentArgs<T>& args, std::int64_t batch,
+                                cudaStream_t stream) {
+  if (args.rope_dim == 16) return launch_cluster_of<kRank, 16>(args, batch, stream);
+  if (args.rope_dim == 32) return launch_cluster_of<kRank, 32>(args, batch, stream);
+  if (args.rope_dim == 64) return launch_cluster_of<kRank, 64>(args, batch, stream);
+  return cudaErrorInvalidValue;
 }
 
 /// Enqueues a step of one new token a row; cluster_takes() the shape.
@@ -53,17 +62,17 @@ template <typename T>
 cudaError_t launch_cluster(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
   switch (args.rank) {
     case 64:
-      return launch_cluster_of<64>(args, batch, stream);
+      return launch_cluster_rank<64>(args, batch, stream);
     case 128:
-      return launch_cluster_of<128>(args, batch, stream);
+      return launch_cluster_rank<128>(args, batch, stream);
     case 192:
-      return launch_cluster_of<192>(args, batch, stream);
+      return launch_cluster_rank<192>(args, batch, stream);
     case 256:
-      return launch_cluster_of<256>(args, batch, stream);
+      return launch_cluster_rank<256>(args, batch, stream);
     case 384:
-      return launch_cluster_of<384>(args, batch, stream);
+      return launch_cluster_rank<384>(args, batch, stream);
     case 512:
-      return launch_cluster_of<512>(args, batch, stream);
+      return launch_cluster_rank<512>(args, batch, stream);
     default:
       return cudaErrorInvalidValue;
   }
