@@ -31,7 +31,9 @@ inline int cluster_blocks(std::int64_t rows, std::int64_t capacity, std::int64_t
   return blocks;
 }
 
-/// Thread blocks on a multiprocessor, by registers and shared memory.
-inline int cluster_blocks_each(std::int64_t latent_rank) { return latent_rank <= 256 ? 2 : 1; }
+/// Thread blocks on a multiprocessor, by shared memory: two tiles of tokens take most of it.
+inline int cluster_blocks_each(std::int64_t latent_rank, std::int64_t rope_dim) {
+  return round_up(latent_rank, 128) + 2 * rope_dim <= 320 ? 2 : 1;
+}
 
 }  // namespace tinylm::cuda

@@ -18,8 +18,8 @@ struct WgmmaPrefill {
   static constexpr int kGroups = kKeyDim <= 96 && kValueDim <= 64 ? 3 : 2;  // of 64 queries
   static constexpr int kQueries = 64 * kGroups, kKeys = 128;
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kRegisters = kGroups == 3 ? 160 : 232;
-  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 200;
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 112;
   static constexpr int kKeyPanels = (kKeyDim + 63) / 64, kValuePanels = kValueDim / 64;
   static constexpr int kPanelBytes = kKeys * 128;
   static constexpr int kStageBytes = (kKeyPanels + kValuePanels) * kPanelBytes;
