@@ -23,7 +23,8 @@ template <int kRank, int kRope>
 struct ClusterMemory {
   static constexpr int kLatentStride = (kRank + 127) / 128 * 128;
   static constexpr int kStages = 2;
-  // A query is half [R], T [P], a float that scales its scores, padding: an odd number of 16 bytes.
+  // A query is half [R] and T [P], both in query_column()'s order, a float that scales its scores,
+  // padding: an odd number of 16 bytes.
   static constexpr int kQueryScale = 2 * (kRank + kRope);
   static constexpr int kQueryStride = kQueryScale + 16;
   static constexpr int kQuery = 0;
@@ -78,6 +79,16 @@ __device__ inline std::uint32_t pack_part(float a, float b, bool low) {
   memcpy(&pair, &high, sizeof(pair));
   const float2 taken = __half22float2(pair);
   return pack_halves(a - taken.x, b - taken.y);
+}
+
+/// Where a query has its dimension: as matrices of 8 halves a row take them for products whose
+/// lanes hold `run` neighbouring dimensions of each run * 4, of which two and two are one's k
+/// indices.
+template <int run>
+__device__ inline int query_column(int dimension) {
+  const int in_group = dimension % (4 * run), in_run = in_group % run;
+  return dimension - in_group + in_run / 4 * 16 + in_run % 4 / 2 * 8 + in_group / run * 2 +
+         in_run % 2;
 }
 
 /// A power of two that brings a magnitude to 512 .. 1024, or 1.
@@ -207,7 +218,7 @@ __device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPl
     unsigned char* row = memory + local * Memory::kQueryStride;
     for (int i = 0; i < 2; ++i) {
       const int column = unit % kWords * 32 + 16 * i + g % 4 * 4 + g / 4 * 2;
-      *reinterpret_cast<std::uint32_t*>(row + 2 * column) =
+      *reinterpret_cast<std::uint32_t*>(row + 2 * detail::query_column<16>(column)) =
           detail::pack_halves(sums[i][0] + sums[i][1], sums[i][2] + sums[i][3]);
     }
   }
@@ -225,7 +236,11 @@ __device__ inline void rotate_queries(const LatentArgs<T>& args, const ClusterPl
     const T* q = args.qkv + static_cast<std::int64_t>(at.b) * args.width +
                  (at.first_head + local) * args.qk_dim() + args.nope_dim;
     T* to = reinterpret_cast<T*>(memory + local * Memory::kQueryStride + 2 * kRank);
-    rotate_pair(q, to, kHalf, pair, angles[pair].x, angles[pair].y);
+    const T both[2] = {q[pair], q[pair + kHalf]};
+    T turned[2];
+    rotate_pair(both, turned, 1, 0, angles[pair].x, angles[pair].y);
+    to[detail::query_column<4>(pair)] = turned[0];
+    to[detail::query_column<4>(pair + kHalf)] = turned[1];
   }
 }
 

@@ -117,7 +117,8 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
   float score[2][2][4] = {}, rope_score[2][4] = {};
   const unsigned char* row = stage + (16 * warp + g) * kStride;
   const int offset = (t ^ detail::swizzle(g)) * 16;
-  const unsigned char* query = memory + Memory::kQuery + g * Memory::kQueryStride;
+  const unsigned char* query =
+      memory + Memory::kQuery + lane % 16 * Memory::kQueryStride + lane / 16 * 16;
 #pragma unroll
   for (int k = 0; k < kRank / 64; ++k) {
     const int column = (offset ^ (k & 1) * 64) + k / 2 * 128;
@@ -125,19 +126,14 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
     const uint4 c1 = *reinterpret_cast<const uint4*>(row + 8 * kStride + column);
     const std::uint32_t words[2][4] = {{c0.x, c0.y, c0.z, c0.w}, {c1.x, c1.y, c1.z, c1.w}};
 #pragma unroll
-    for (int two = 0; two < 2; ++two) {
-      const unsigned char* at_q = query + 2 * (64 * k + 16 * t + 8 * two);
-      const uint4 q0 = *reinterpret_cast<const uint4*>(at_q);
-      const uint4 q1 = *reinterpret_cast<const uint4*>(at_q + 8 * Memory::kQueryStride);
-      const std::uint32_t a[2][4] = {{q0.x, q1.x, q0.y, q1.y}, {q0.z, q1.z, q0.w, q1.w}};
+    for (int w = 0; w < 4; ++w) {
+      std::uint32_t a[4];
+      detail::load_matrices(a, query + 128 * k + 32 * w);
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const std::uint32_t word = words[n][2 * two + w] ^ 0x80808080U;
-          detail::multiply(score[n][w], a[w], detail::widen_pair(word, 0x4140),
-                           detail::widen_pair(word, 0x4342), __half{});
-        }
+      for (int n = 0; n < 2; ++n) {
+        const std::uint32_t word = words[n][w] ^ 0x80808080U;
+        detail::multiply(score[n][w % 2], a, detail::widen_pair(word, 0x4140),
+                         detail::widen_pair(word, 0x4342), __half{});
       }
     }
   }
@@ -146,10 +142,8 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
   const int rope_offset = detail::rope_swizzle<kRope>(g) * 32;
 #pragma unroll
   for (int s = 0; s < kRope / 16; ++s) {
-    const unsigned char* at_q = query + 2 * kRank + 32 * s + 8 * t;
-    const uint2 q0 = *reinterpret_cast<const uint2*>(at_q);
-    const uint2 q1 = *reinterpret_cast<const uint2*>(at_q + 8 * Memory::kQueryStride);
-    const std::uint32_t a[4] = {q0.x, q1.x, q0.y, q1.y};
+    std::uint32_t a[4];
+    detail::load_matrices(a, query + 2 * kRank + 32 * s);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const uint2 key = *reinterpret_cast<const uint2*>(rope + 8 * n * kKeyBytes +

@@ -246,9 +246,10 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
     const int num_tiles = first < tile.fresh ? tile.key_tiles(first + 64, Sizes::kKeys) : 0;
     float acc[kPanels][32] = {}, total[2] = {}, most[2] = {-INFINITY, -INFINITY};
     if (num_tiles > 0) {
+      detail::named_sync(1 + group, 128);  // the queries before have been multiplied
       detail::copy_queries<kKeyDim, Sizes::kQueries>(args, tile, 64 * group, angles, memory);
       detail::fence_for_wgmma();
-      asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+      detail::named_sync(1 + group, 128);
       float scores[64];
       std::uint32_t weights[8][4];
       wait_full(used);
