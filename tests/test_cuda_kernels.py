@@ -238,7 +238,7 @@ SHAPES = (
 class Attention:
     """A random layer with a cache that holds something already."""
 
-    def __init__(self, seed: int, *, decode: bool) -> None:
+    def __init__(self, seed: int, *, decode: bool, most_past: int = 300) -> None:
         rng, g = random.Random(seed), generator_for(seed)
         heads, nope, rope, value, self.rank = rng.choice(SHAPES)
         self.shape = AttentionShape(
@@ -252,7 +252,7 @@ class Attention:
         )
         self.dtype = rng.choice(DTYPES)
         self.batch, self.length = rng.randint(1, 5), 1 if decode else rng.randint(2, 150)
-        past = [rng.choice((0, rng.randint(0, 300))) for _ in range(self.batch)]
+        past = [rng.choice((0, rng.randint(0, most_past))) for _ in range(self.batch)]
         fresh = [rng.randint(0, self.length) for _ in range(self.batch)]
         self.capacity = max(map(sum, zip(past, fresh, strict=True))) + rng.randint(1, 70)
         as_int = {"device": "cuda", "dtype": torch.int32}
@@ -323,6 +323,14 @@ def test_attention_on_random_shapes(decode: bool) -> None:
         worst = (found[0].double() - expected[0].double()).abs().max() / size
         assert worst <= LIMITS[case.dtype], (seed, case.dtype, case.shape, float(worst))
     assert flips <= 1e-5 * compared, f"{flips} of {compared}"
+
+
+def test_decode_over_long_rows() -> None:
+    for seed in range(max(6, NUM_SHAPES // 20)):
+        case = Attention(seed, decode=True, most_past=6000)
+        expected, found = case.expected()[0].double(), case.found()[0].double()
+        worst = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+        assert worst <= LIMITS[case.dtype], (seed, case.dtype, case.shape, float(worst))
 
 
 def test_attention_repeats_are_the_same_in_every_bit() -> None:

@@ -1,5 +1,6 @@
 // The kernels' launchers as C functions, for ctypes (export/cuda_kernels.py). Every
 // function returns a cudaError_t.
+#include "cluster_plan.h"
 #include "latent_attention.h"
 #include "lm_head.h"
 #include "ternary_gemm.h"
@@ -86,6 +87,15 @@ TINYLM_TEST_API std::int64_t tinylm_latent_attention_workspace(const AttentionSi
 
 TINYLM_TEST_API const char* tinylm_latent_attention_unsupported(const AttentionSizes* sizes) {
   return unsupported(shape_of(*sizes));
+}
+
+/// Thread blocks that share a row in decode, or 0 where clusters don't take the shape.
+TINYLM_TEST_API int tinylm_decode_cluster(const AttentionSizes* sizes, int multiprocessors) {
+  const LatentAttentionShape shape = shape_of(*sizes);
+  if (!cluster_takes(shape)) return 0;
+  const std::int64_t groups = (shape.num_heads + kClusterHeads - 1) / kClusterHeads;
+  return cluster_blocks(sizes->batch * groups, sizes->capacity,
+                        multiprocessors * cluster_blocks_each(shape.latent_rank, shape.rope_dim));
 }
 
 TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const void* qkv,
