@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from export_300m import export, in_own_process, make_checkpoint
 
@@ -46,13 +45,13 @@ class Work:
     Args:
         folder: Where models, engines and results are.
         onnx: Exported directories by activation; default ones in the folder.
-        tokens: int64 [N] as a NumPy file; default random ones.
+        text: Held-out JSON lines; default random tokens.
     """
 
-    def __init__(self, folder: Path, onnx: dict[str, Path], tokens: Path | None) -> None:
+    def __init__(self, folder: Path, onnx: dict[str, Path], text: Path | None) -> None:
         self.folder = folder
         self.onnx = {name: onnx.get(name, folder / f"onnx-{name}") for name in ACTIVATIONS}
-        self._tokens = tokens
+        self._text = text
 
     def engine(self, name: str) -> Path:
         """Return the directory of an engine."""
@@ -60,8 +59,12 @@ class Work:
 
     def tokens(self, vocab_size: int) -> torch.Tensor:
         """Return held-out tokens."""
-        if self._tokens is not None:
-            return torch.from_numpy(np.load(self._tokens)).long()
+        if self._text is not None:
+            from tinylm.data import load_corpus
+            from tinylm.tokenizer import load_tokenizer
+
+            corpus = load_corpus(self._text, load_tokenizer(self.onnx["int8"]))
+            return torch.from_numpy(corpus.tokens[:].astype("int64"))
         generator = torch.Generator().manual_seed(5)
         return torch.randint(vocab_size, (NUM_RANDOM_TOKENS,), generator=generator)
 
@@ -92,7 +95,7 @@ def export_model(work: Work) -> None:
 
 def build(work: Work, name: str, max_batch_size: int) -> None:
     """Build one engine and measure its file."""
-    from tinylm_export.engine_tables import table_bytes
+    from tinylm_export.engine_tables import table_bytes, weight_copies
     from tinylm_export.to_engine import build_engine
 
     kind = ENGINES[name]
@@ -109,6 +112,7 @@ def build(work: Work, name: str, max_batch_size: int) -> None:
         "engine_bytes": manifest.engine_bytes,
         "table_bytes": tables,
         "layer_bytes": None if tables is None else manifest.engine_bytes - tables,
+        "weight_copies": {} if kind.dense else weight_copies(work.engine(name), onnx),
         "tensorrt": manifest.tensorrt_version,
         "gpu": manifest.gpu,
     }
@@ -190,7 +194,7 @@ def main() -> None:
     parser.add_argument("--engine", action="append", choices=ENGINES, help="default all")
     parser.add_argument("--onnx-int8", type=Path, help="exported directory, instead of the 300M")
     parser.add_argument("--onnx-fp8", type=Path, help="the same with fp8 activations")
-    parser.add_argument("--tokens", type=Path, help="held-out tokens as .npy; default random")
+    parser.add_argument("--text", type=Path, help="held-out JSON lines; default random tokens")
     parser.add_argument("--max-batch-size", type=int, default=8, help="most rows of an engine")
     parser.add_argument("--num-tokens", type=int, default=2048, help="tokens for parity")
     parser.add_argument("--program", type=Path, help="tinylm-run, to compare its texts")
@@ -201,7 +205,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="for bench")
     arguments = parser.parse_args()
     given = {"int8": arguments.onnx_int8, "fp8": arguments.onnx_fp8}
-    work = Work(arguments.work, {k: v for k, v in given.items() if v}, arguments.tokens)
+    work = Work(arguments.work, {k: v for k, v in given.items() if v}, arguments.text)
     engines = arguments.engine or list(ENGINES)
     parts: dict[str, Callable[[], None]] = {}
     if not all(given.values()):

@@ -1,4 +1,4 @@
-"""How often an engine holds the embedding and the head."""
+"""How often an engine holds the embedding, the head and each packed weight."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tinylm_export.manifest import EngineManifest
 from tinylm_export.parity_trt import HALF_DTYPES
 from tinylm_export.to_onnx import ONNX_FILE
 from tinylm_export.trt_engine import ENGINE_FILE
+from tinylm_export.trt_graph import plugin_graph
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 _DTYPES = {"fp32": torch.float32, **HALF_DTYPES}
@@ -47,6 +48,31 @@ def table_bytes(engine: str | Path, directory: str | Path) -> int | None:
             copies = sum(_count(data, _bytes(part, dtype)) for part in parts)
             total += copies * table.size * dtype.itemsize
     return total or None
+
+
+def weight_copies(engine: str | Path, directory: str | Path) -> dict[str, int]:
+    """Count how often an engine holds each packed weight: the most, by the name in a layer.
+
+    Args:
+        engine: What ``tinylm-export trt`` wrote, not ``--dense``.
+        directory: What it was built from.
+    """
+    engine, directory = Path(engine), Path(directory)
+    graph = plugin_graph(ir.load(directory / ONNX_FILE)).graph
+    most: dict[str, int] = {}
+    with (
+        (engine / ENGINE_FILE).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        for name, value in graph.initializers.items():
+            if value.dtype != ir.DataType.INT8 or value.const_value is None:
+                continue
+            packed = value.const_value.numpy().reshape(-1)
+            middle = len(packed) // 2
+            kind = name.split(".", 2)[-1]  # layers.3.mlp.down_proj.weight_gpu
+            copies = _count(data, packed[middle : middle + _SAMPLE].tobytes())
+            most[kind] = max(most.get(kind, 0), copies)
+    return most
 
 
 def _bytes(values: np.ndarray, dtype: torch.dtype) -> bytes:

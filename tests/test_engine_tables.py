@@ -1,4 +1,4 @@
-"""How often an engine's file holds the embedding and the head."""
+"""How often an engine's file holds the embedding, the head and the packed weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from engine_helpers import make_engine_directory
 from export_helpers import make_export
 
-from tinylm_export.engine_tables import table_bytes
+from tinylm_export.engine_tables import table_bytes, weight_copies
 from tinylm_export.to_onnx import ONNX_FILE
 from tinylm_export.trt_engine import ENGINE_FILE
+from tinylm_export.trt_graph import plugin_graph
 
 
 def embedding(onnx: Path) -> torch.Tensor:
@@ -40,3 +41,18 @@ def test_copies_are_counted_transposed_or_not(onnx: Path, tmp_path: Path, dtype:
         assert table_bytes(engine, onnx) == copies * size
     file.write_bytes(b"no table at all")
     assert table_bytes(engine, onnx) is None
+
+
+def test_packed_weights_are_counted(onnx: Path, tmp_path: Path) -> None:
+    engine = make_engine_directory(onnx, tmp_path / "trt")
+    values = plugin_graph(ir.load(onnx / ONNX_FILE)).graph.initializers
+    packed = {
+        name: value.const_value.numpy().tobytes()
+        for name, value in values.items()
+        if value.dtype == ir.DataType.INT8 and value.const_value is not None
+    }
+    twice = "layers.1.mlp.down_proj.weight_gpu"
+    (engine / ENGINE_FILE).write_bytes(b"".join(packed.values()) + packed[twice])
+    copies = weight_copies(engine, onnx)
+    assert copies.pop("mlp.down_proj.weight_gpu") == 2
+    assert len(copies) == 4 and set(copies.values()) == {1}

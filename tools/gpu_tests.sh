@@ -51,4 +51,4 @@ export TINYLM_REQUIRE_GPU=1  # a test that is skipped is a failure here
 # Most of the time goes into building engines, on one core each.
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(--numprocesses 8); fi
-exec "$python" -m pytest -m gpu -p no:cacheprovider "${workers[@]}" "${files[@]}"
+exec "$python" -m pytest -m gpu -p no:cacheprovider --durations 15 "${workers[@]}" "${files[@]}"

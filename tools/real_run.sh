@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains tinylm-300m and its dense twin for the same steps on one GPU, in as many calls as it takes.
+# Trains tinylm-300m and its dense twin for the same steps, in as many calls as it takes: one after the
+# other, or at once where the machine has a GPU for each.
 #
 #   tools/real_run.sh DATA OUT STEPS [further flags of tinylm train]
 #
 # DATA is a folder of tinylm data prepare. A call ends by itself after LIMIT seconds (default 540)
-# and saves; the same call again goes on exactly there, first with OUT/ternary, then with OUT/dense.
+# and saves; the same call again goes on exactly there. Runs are in OUT/ternary and OUT/dense.
 # Nothing is installed: PYTHON (default python3) needs torch, transformers, typer, rich and safetensors.
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 data=$1 out=$2 steps=$3
 shift 3
 python=${PYTHON:-python3}
@@ -32,5 +33,16 @@ train() {
         --sample-prompt "The President of the United States" "$@" "${resume[@]}"
 }
 
+num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+if [ "$num_gpus" -ge 2 ]; then
+    mkdir -p "$out"
+    echo "both at once; see $out/ternary.log and $out/dense.log"
+    CUDA_VISIBLE_DEVICES=0 train ternary "$@" >>"$out/ternary.log" 2>&1 &
+    status=0
+    CUDA_VISIBLE_DEVICES=1 train dense --dense "$@" >>"$out/dense.log" 2>&1 || status=$?
+    wait $! || status=$?
+    tail -n 3 "$out/ternary.log" "$out/dense.log"
+    exit $status
+fi
 train ternary "$@"
 train dense --dense "$@"
