@@ -136,6 +136,7 @@ def parity(work: Work, activation: str, num_tokens: int) -> None:
         num_tokens=num_tokens,
         engines=engines,
     ).to_dict()
+    print("parity holds" if report["passed"] else "parity FAILED", flush=True)
     for runtime in report["runtimes"]:
         for name in ("bit_linears", "layers"):  # one entry a layer, all alike
             runtime[f"num_{name}"] = len(runtime.pop(name))
@@ -155,6 +156,7 @@ def generation(work: Work, engine: str, program: Path | None, prompts: int, toke
     settings = GenerationSettings(num_prompts=prompts, max_new_tokens=tokens, program=program)
     runtime = TrtRuntime(work.engine(engine), onnx)
     found = compare_texts(runtime, onnx, batch, settings, None, lambda text, fraction: None)
+    print("texts agree" if all(a.passed for a in found) else "texts DIFFER", flush=True)
     work.save(
         f"generation-{engine}",
         {a.other: {**dataclasses.asdict(a), "passed": a.passed} for a in found},
