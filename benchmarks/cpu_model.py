@@ -21,14 +21,14 @@ from cpu_model_process import (
     PROMPTS,
     ModelContender,
     ModelFiles,
-    WorkerProcess,
     make_files,
-    worker_process,
+    model_process,
 )
 from cpu_model_worker import REFERENCE
 from cpu_timing import Settings
 
 from tinylm_export.bench_report import Spread
+from tinylm_export.worker_process import WorkerProcess
 
 LLAMA = {name: f"llama.cpp {name}" for name in llama_cpp.FORMATS}
 DECODE = f"decode {DECODE_TOKENS}"
@@ -60,7 +60,7 @@ def run_model(
     with tempfile.TemporaryDirectory() as folder:
         expected = Path(folder) / "reference.npy"
         log("model: reference logits")
-        with worker_process(REFERENCE, files, "float32", max(settings.threads)) as (worker, _):
+        with model_process(REFERENCE, files, "float32", max(settings.threads)) as (worker, _):
             worker.ask("logits", out=str(expected))
         reference = np.load(expected)
     records = []
@@ -109,7 +109,7 @@ def _run_threads(
         for contender in CONTENDERS:
             log(f"model, {num_threads} threads: load {contender.name}")
             try:
-                context = worker_process(contender.runtime, files, contender.head, num_threads)
+                context = model_process(contender.runtime, files, contender.head, num_threads)
                 worker, _ = stack.enter_context(context)
                 turns[contender.name].error = _check(worker, contender, reference)
                 for num_tokens in contender.prompts:  # a first time allocates
@@ -231,7 +231,7 @@ def _llama_memory(
 
 def _one_life(contender: ModelContender, files: ModelFiles, num_threads: int) -> dict[str, float]:
     """Start, decode, and return the numbers of ``_MEMORY_CASES``."""
-    context = worker_process(contender.runtime, files, contender.head, num_threads)
+    context = model_process(contender.runtime, files, contender.head, num_threads)
     with context as (worker, seconds):
         worker.ask("decode", tokens=contender.decode_tokens)
         memory = worker.ask("memory")

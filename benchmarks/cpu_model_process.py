@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bench_records import NotRunError, log
 from cpu_model_worker import BODY, NATIVE, TORCH_BFLOAT16, TORCH_FLOAT32
 from export_300m import in_own_process, make_checkpoint
 
+from tinylm_export.worker_process import WorkerProcess, worker_process
+
 PROMPTS, DECODE_TOKENS = (128, 512), 128
 _SLOW_DECODE_TOKENS = 16
-_STDERR_TAIL_CHARS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,35 +115,8 @@ def _export(checkpoint: Path, directory: Path, head: str) -> dict[str, Any]:
     return {}
 
 
-class WorkerProcess:
-    """Asks one worker."""
-
-    def __init__(self, process: subprocess.Popen[str], stderr: IO[str]) -> None:
-        self._process = process
-        self._stderr = stderr
-
-    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for its reply.
-
-        Raises:
-            NotRunError: The worker reports an error, or has ended.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"do": action, **arguments}), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            self._stderr.seek(0)
-            tail = self._stderr.read()[-_STDERR_TAIL_CHARS:].strip()
-            raise NotRunError(f"ended with code {self._process.wait()} during {action!r}: {tail}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise NotRunError(reply["error"])
-        return reply
-
-
 @contextlib.contextmanager
-def worker_process(
+def model_process(
     runtime: str, files: ModelFiles, head: str, num_threads: int
 ) -> Iterator[tuple[WorkerProcess, float]]:
     """Start a worker and load its model; give it and the seconds that loading took.
@@ -157,26 +127,13 @@ def worker_process(
     onnx = files.onnx[head]
     if isinstance(onnx, NotRunError):
         raise onnx
-    command = [sys.executable, str(Path(__file__).with_name("cpu_model_worker.py"))]
-    with (
-        tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as stderr,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as process,
-    ):
-        try:
-            worker = WorkerProcess(process, stderr)
-            loaded = worker.ask(
-                "load",
-                contender=runtime,
-                checkpoint=str(files.checkpoint),
-                onnx=str(onnx),
-                threads=num_threads,
-            )
-            yield worker, loaded["seconds"]
-        finally:
-            process.kill()
+    worker_file = str(Path(__file__).with_name("cpu_model_worker.py"))
+    with worker_process([worker_file], error=NotRunError) as worker:
+        loaded = worker.ask(
+            "load",
+            contender=runtime,
+            checkpoint=str(files.checkpoint),
+            onnx=str(onnx),
+            threads=num_threads,
+        )
+        yield worker, loaded["seconds"]

@@ -1,6 +1,6 @@
 """One contender of the whole model in its own process, driven by ``cpu_model`` over JSON lines.
 
-Requests come by stdin and replies go to stdout, one JSON object a line::
+Requests, see :mod:`tinylm_export.worker_process`::
 
     {"do": "load", "contender": ..., "checkpoint": ..., "onnx": ..., "threads": ...} -> seconds
     {"do": "logits", "out": FILE} -> {}
@@ -25,14 +25,8 @@ from bench_records import NotRunError
 from tinylm.errors import TinyLMError
 from tinylm.generate import Session, TorchSession
 from tinylm.precision import ordinary_float32
-from tinylm_export.bench_worker import (
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    return_freed_memory,
-    serve,
-)
 from tinylm_export.ort_session import OrtSession, import_onnxruntime
+from tinylm_export.worker_process import ResidentMemory, serve
 
 SHORT_PROMPT = 8
 _CHECKED_PROMPT, _CHECKED_STEPS = 24, 4
@@ -46,7 +40,7 @@ class Worker:
     def __init__(self) -> None:
         self._session: Session | None = None
         self._vocab_size = 0
-        self._baseline: int | None = None
+        self._memory: ResidentMemory | None = None
         self._modes = contextlib.ExitStack()
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +60,7 @@ class Worker:
         torch.set_num_threads(threads)
         # Imported first: neither the time nor the memory of Python's modules is the runtime's.
         import_onnxruntime()
-        reset_peak()
-        self._baseline = resident_bytes()
+        self._memory = ResidentMemory()
         start = time.perf_counter()
         if contender in (NATIVE, BODY):
             self._session = _onnxruntime(onnx, threads, native=contender == NATIVE)
@@ -108,13 +101,8 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Return the resident set before loading, the largest since, and what is still in use."""
-        peak = peak_resident_bytes()
-        return_freed_memory()
-        return {
-            "baseline_bytes": self._baseline,
-            "peak_bytes": peak,
-            "held_bytes": resident_bytes(),
-        }
+        assert self._memory is not None
+        return self._memory.figures()
 
     def _tokens(self, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -10,13 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -38,12 +34,13 @@ from tinylm_export.native import BUILD_COMMAND, NativeInfo, choose
 from tinylm_export.ort_session import import_onnxruntime
 from tinylm_export.to_onnx import DATA_FILE, ONNX_FILE, ExportInfo, source_checkpoint
 from tinylm_export.trt_engine import ENGINE_FILE
+from tinylm_export.worker_process import worker_process
 
 __all__ = ["BenchReport", "BenchSettings", "check_answers", "render", "run_bench"]
 
 WITH_PAST = "text-generation-with-past"
 _PROMPT_SEED = 0
-_STDERR_TAIL_CHARS = 2000
+_WORKER = ("-m", "tinylm_export.bench_worker")
 
 
 def run_bench(
@@ -148,7 +145,9 @@ def _measure(
         workers = {}
         for name, request in requests.items():
             step(f"{name}: load")
-            workers[name] = stack.enter_context(_worker_process(name))
+            workers[name] = stack.enter_context(
+                worker_process(_WORKER, prefix=f"runtime {name!r}: ")
+            )
             load = workers[name].ask("load", **dataclasses.asdict(request))
             found[name] = _Measurements(load=load)
         for name, worker in workers.items():
@@ -357,50 +356,3 @@ def _progress(total: int, show: bool) -> Iterator[Any]:
             bar.update(task, completed=done, description=description)
 
         yield step
-
-
-@contextlib.contextmanager
-def _worker_process(runtime: str) -> Iterator[_WorkerProcess]:
-    """Start a :mod:`tinylm_export.bench_worker` process, and end it with the block."""
-    command = [sys.executable, "-m", "tinylm_export.bench_worker"]
-    with (
-        tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as stderr,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process,
-    ):
-        try:
-            yield _WorkerProcess(runtime, process, stderr)
-        finally:
-            process.kill()
-
-
-class _WorkerProcess:
-    """Asks one worker."""
-
-    def __init__(self, runtime: str, process: subprocess.Popen[str], stderr: IO[str]) -> None:
-        self._runtime = runtime
-        self._process = process
-        self._stderr = stderr
-
-    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for its reply.
-
-        Raises:
-            ExportError: The runtime reports an error, or its process has ended.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"do": action, **arguments}), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            self._stderr.seek(0)
-            tail = self._stderr.read()[-_STDERR_TAIL_CHARS:].strip()
-            raise ExportError(
-                f"runtime {self._runtime!r}: its process ended with code {self._process.wait()} "
-                f"during {action!r}: {tail or 'it printed nothing'}"
-            )
-        reply = json.loads(line)
-        if "error" in reply:
-            raise ExportError(f"runtime {self._runtime!r}: {reply['error']}")
-        return reply

@@ -1,7 +1,6 @@
 """One runtime in a process of its own, driven by ``tinylm_export.bench`` over JSON lines.
 
-A fresh process makes the resident set mean something: what it grows by is this runtime's weights,
-workspace and cache. Requests come by stdin and replies go to stdout, one JSON object a line::
+Requests, see :mod:`tinylm_export.worker_process`::
 
     {"do": "load", "runtime": ..., "directory": ..., ...}  -> {"load_seconds": ..., "kernels": ...}
     {"do": "answer"} -> {"tokens": [steps][batch], "margins": [steps][batch]}
@@ -13,15 +12,9 @@ A reply of ``{"error": ...}`` says what went wrong.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +22,7 @@ import torch
 from tinylm.checkpoint import load_model
 from tinylm.errors import TinyLMError
 from tinylm.generate import Session, TorchSession, last_logits
+from tinylm_export.worker_process import ResidentMemory, serve
 
 if TYPE_CHECKING:
     from tinylm.model import TinyLM
@@ -111,7 +105,7 @@ class Worker:
     def __init__(self) -> None:
         self._settings: WorkerSettings | None = None
         self._session: Session | None = None
-        self._baseline: int | None = None
+        self._memory: ResidentMemory | None = None
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what a request asks for and return the reply."""
@@ -133,8 +127,7 @@ class Worker:
             import_tensorrt()
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        reset_peak()
-        self._baseline = resident_bytes()
+        self._memory = ResidentMemory()
         start = time.perf_counter()
         make = _tensorrt if settings.runtime == ENGINE_RUNTIME else RUNTIMES[settings.runtime]
         self._session = make(settings)
@@ -165,13 +158,8 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """Return the resident set before loading, the largest since, and what is still in use."""
-        peak = peak_resident_bytes()
-        return_freed_memory()
-        return {
-            "baseline_bytes": self._baseline,
-            "peak_bytes": peak,
-            "held_bytes": resident_bytes(),
-        }
+        assert self._memory is not None
+        return self._memory.figures()
 
     def _steps(self) -> Any:
         """Yield the logits [B, V] of the prefill and of each decode step."""
@@ -184,70 +172,6 @@ class Worker:
             logits = last_logits(self._session.step(tokens, lens), lens)
             yield logits
             tokens = logits.argmax(dim=-1, keepdim=True)
-
-
-def resident_bytes() -> int | None:
-    """Return this process's resident set, or None where the system does not say."""
-    return _status_bytes("VmRSS:") or peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int | None:
-    """Return the largest resident set so far, or None where the system does not say.
-
-    ``ru_maxrss`` would include the parent's memory on Linux, where it outlives exec.
-    """
-    found = _status_bytes("VmHWM:")
-    if found is not None:
-        return found
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak() -> None:
-    """Forget what importing the libraries took for a moment, where the system can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system, which glibc otherwise keeps for later."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status_bytes(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024  # the file counts in kB
-    return None
-
-
-def serve(
-    handle: Callable[[dict[str, Any]], dict[str, Any]], errors: tuple[type[Exception], ...]
-) -> None:
-    """Answer requests, one JSON object a line, until stdin ends.
-
-    Args:
-        handle: Makes the reply to a request.
-        errors: What becomes a reply of ``{"error": ...}``; anything else ends the process.
-    """
-    # Libraries print to stdout as well: it becomes stderr, and replies keep the channel.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for line in sys.stdin:
-        try:
-            reply = handle(json.loads(line))
-        except errors as error:
-            reply = {"error": str(error) or type(error).__name__}
-        print(json.dumps(reply), file=channel, flush=True)
 
 
 def main() -> None:
