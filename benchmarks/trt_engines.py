@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,9 @@ class Work:
             for path in sorted(self.folder.glob("*.json"))
         }
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        whole = out.with_name(f".{out.name}-{os.getpid()}")  # several processes may join
+        whole.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        whole.replace(out)
 
 
 def export_model(work: Work) -> None:
@@ -226,6 +229,7 @@ def main() -> None:
     parts["bench"] = lambda: bench(
         work, arguments.batch_size or [1], arguments.prompt_len or [512], arguments.new_tokens
     )
+    parts["join"] = lambda: None  # writes --out alone
     for part in arguments.part or parts:
         if part not in parts:
             parser.error(f"--part must be one of {', '.join(parts)}, found {part!r}")

@@ -29,37 +29,29 @@ cores=$(nproc)
 
 say() { echo "$(date +%T) $*"; }
 
-# Runs a command on some cores with as many threads: processes that each take all cores for theirs
-# are ten times slower together.
-on() {
-    local first=$1 count=$2
+# Runs a command or function on some cores with as many threads: processes that each take all cores
+# for theirs are ten times slower together.
+on() (
+    first=$1 count=$2
     shift 2
-    OMP_NUM_THREADS=$count taskset -c "$first-$((first + count - 1))" "$@"
-}
+    taskset --pid --cpu-list "$first-$((first + count - 1))" "$BASHPID" >/dev/null
+    export OMP_NUM_THREADS=$count
+    "$@"
+)
 
 # Lane 0 to 3 of `engines`: a quarter of the cores each.
 lane() {
-    local index=$1
+    local index=$1 count=$((cores < 4 ? 1 : cores / 4))
     shift
-    on $((index * (cores / 4))) $((cores / 4)) "$@"
+    on $((index * count % cores)) $count "$@"
 }
 
-engines() { "$python" benchmarks/trt_engines.py --work "$work/300m" "$@"; }
+# --out joins what all parts found, after each: whatever ends a call, what is there is kept.
+engines() { "$python" benchmarks/trt_engines.py --work "$work/300m" --out "$out/engines_300m.json" "$@"; }
 
 demo_engines() {
-    "$python" benchmarks/trt_engines.py --work "$work/demo" --onnx-int8 "$DEMO/onnx-int8" --onnx-fp8 "$DEMO/onnx-fp8" \
-        --text "$DEMO/data/val.jsonl" "$@"
-}
-
-join() {
-    "$python" - "$work" "$out" <<'PY'
-import json, pathlib, sys
-work, out = map(pathlib.Path, sys.argv[1:])
-for name in ("300m", "demo"):
-    found = {p.stem: json.loads(p.read_text()) for p in sorted((work / name).glob("*.json"))}
-    if found:
-        (out / f"engines_{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-PY
+    "$python" benchmarks/trt_engines.py --work "$work/demo" --out "$out/engines_demo.json" \
+        --onnx-int8 "$DEMO/onnx-int8" --onnx-fp8 "$DEMO/onnx-fp8" --text "$DEMO/data/val.jsonl" "$@"
 }
 
 run_kernels() {
@@ -80,42 +72,32 @@ run_export() { engines --part export; }
 run_bench_engines() { engines --max-batch-size 64 --part build-dense-bf16 --part build-int8-bf16; }
 
 run_engines() {
-    export -f engines demo_engines on lane say
-    export python work cores DEMO=${DEMO:-}
     (
-        lane 0 bash -c 'engines --part build-int8-fp32'
+        lane 0 engines --part build-int8-fp32
         touch "$work/fp32-is-built"
-        lane 0 bash -c "engines --part generation --program '$program'"
-        say "300M generation"
+        lane 0 engines --part generation --program "$program"
     ) &
     (
-        lane 1 bash -c 'engines --part build-int8-fp16'
+        lane 1 engines --part build-int8-fp16
         until [ -e "$work/fp32-is-built" ]; do sleep 1; done
-        lane 1 bash -c 'engines --part parity-int8'
-        say "300M parity, int8"
+        lane 1 engines --part parity-int8
     ) &
-    (
-        lane 2 bash -c 'engines --part build-fp8-fp32 --part build-fp8-bf16 --part build-fp8-fp16 --part parity-fp8'
-        say "300M parity, fp8"
-    ) &
-    if [ -n "$DEMO" ]; then
+    lane 2 engines --part build-fp8-fp32 --part build-fp8-bf16 --part build-fp8-fp16 --part parity-fp8 &
+    if [ -n "${DEMO:-}" ]; then
         (
             for name in int8-fp32 int8-bf16 int8-fp16 fp8-fp32 fp8-bf16 fp8-fp16; do
-                lane 3 bash -c "demo_engines --part build-$name"
+                lane 3 demo_engines --part "build-$name"
             done
-            lane 3 bash -c "demo_engines --part parity-int8 --part parity-fp8 --part generation --text-tokens 224 --program '$program'"
-            say "demo"
+            lane 3 demo_engines --part parity-int8 --part parity-fp8 --part generation --text-tokens 224 \
+                --program "$program"
         ) &
     fi
-    local lanes status=0 one
-    lanes=$(jobs -p)
-    while [ -n "$(jobs -rp)" ]; do
-        sleep 5
-        join # whatever ends this call, what is there is kept
-    done
-    for one in $lanes; do
+    local status=0 one
+    for one in $(jobs -p); do
         wait "$one" || status=1
     done
+    engines --part join # lanes that ended together may have missed each other's last part
+    if [ -n "${DEMO:-}" ]; then demo_engines --part join; fi
     return $status
 }
 
@@ -139,7 +121,6 @@ for part in "${parts[@]}"; do
     fi
     say "$part"
     ("run_${part//-/_}") >"$out/$part.log" 2>&1 || failed+=("$part")
-    join
     tail -n 4 "$out/$part.log"
 done
 say "failed: ${failed[*]:-none}"
