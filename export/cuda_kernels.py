@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"int8": 0, "fp8_e4m3": 1}
 _BUILD = "tinylm-export native build --gpu --cuda-tests"
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+class Plan(NamedTuple):
+    """``ProductPlan`` of trt_plugins/kernels/cuda/product_plan.h."""
+
+    rows: int
+    k_parts: int = 1
 
 
 class Sizes(ctypes.Structure):
@@ -94,6 +102,10 @@ def _int64(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
 
+def _plan(plan: Plan | None) -> ctypes.Array[ctypes.c_int32] | None:
+    return None if plan is None else (ctypes.c_int32 * len(plan))(*plan)
+
+
 def _check(error: int) -> None:
     if error:
         raise NativeError(f"a CUDA kernel's launch failed with cudaError_t {error}.")
@@ -117,6 +129,7 @@ def bit_linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Norm, quantise, multiply by ternary codes, scale.
 
@@ -131,6 +144,7 @@ def bit_linear(
         residual: [M, N] to add.
         out: Where y goes; new memory if None.
         workspace: From :func:`bit_linear_workspace`; new memory if None.
+        plan: How a product of many rows is cut on Hopper; the launcher's choice if None.
 
     Returns:
         y [M, N], of x's type.
@@ -147,7 +161,7 @@ def bit_linear(
         library().tinylm_bit_linear(
             *(_TYPES[x.dtype], _ACTIVATIONS[activation], *_int64(m, n, k), int(gated)),
             *map(_pointer, (x, residual, y, packed, scale, norm)),
-            *(ctypes.c_float(eps), _pointer(workspace), _stream()),
+            *(ctypes.c_float(eps), _plan(plan), _pointer(workspace), _stream()),
         )
     )
     return y
@@ -171,7 +185,7 @@ def quantize(
     return q, s
 
 
-def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
+def accumulate_int8(q: Tensor, packed: Tensor, n: int, plan: Plan | None = None) -> Tensor:
     """Return the sums of int8 q [M, K] times ternary codes [N, K]: int32 [M, N]."""
     m, k = q.shape
     sums = poisoned(m, n, dtype=torch.int32)
@@ -179,7 +193,7 @@ def accumulate_int8(q: Tensor, packed: Tensor, n: int) -> Tensor:
     _check(
         library().tinylm_accumulate_int8(
             *(_pointer(q), _pointer(packed), *_int64(m, n, k)),
-            *(_pointer(sums), _pointer(workspace), _stream()),
+            *(_pointer(sums), _plan(plan), _pointer(workspace), _stream()),
         )
     )
     return sums

@@ -29,6 +29,23 @@ __device__ inline float column_scale(const Output<T>& out, int column) {
 }
 __device__ inline float column_scale(const Output<std::int32_t>&, int) { return 1.0F; }
 
+/// x / s, given 1 / s; for half precision, which rounds again, by one step of Newton's method.
+template <typename T>
+__device__ inline float quotient(float x, float s, float inverse) {
+  if constexpr (std::is_same_v<T, float>) return x / s;
+  const float y = x * inverse;
+  return s == 0.0F ? y : fmaf(fmaf(-y, s, x), inverse, y);
+}
+
+/// What the sum of activations times codes {0, 1, 2} becomes: less the row's sum, scaled.
+template <Activation kActivation, typename T>
+__device__ inline float scaled_sum(int acc, int row_sum, float s, float inverse,
+                                   float weight_scale) {
+  constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
+  const float scaled = static_cast<float>(acc - row_sum) * kUnit * weight_scale;
+  return quotient<T>(scaled, s, inverse);
+}
+
 /// Stores outputs of one row, whose products with codes {0, 1, 2} are `acc`.
 template <typename T>
 class RowOutput {
@@ -41,21 +58,13 @@ class RowOutput {
 
   template <Activation kActivation>
   __device__ void store(int column, int acc, float weight_scale) const {
-    constexpr float kUnit = kActivation == Activation::kInt8 ? 1.0F : 1.0F / kFp8Units;
-    const float scaled = static_cast<float>(acc - scale_.sum) * kUnit * weight_scale;
-    const T value = from_float<T>(quotient(scaled));
+    const T value = from_float<T>(
+        scaled_sum<kActivation, T>(acc, scale_.sum, scale_.s, inverse_, weight_scale));
     y_[column] =
         residual_ == nullptr ? value : from_float<T>(to_float(residual_[column]) + to_float(value));
   }
 
  private:
-  /// x / s; for half precision, which rounds again, by one step of Newton's method.
-  __device__ float quotient(float x) const {
-    if (std::is_same_v<T, float> || scale_.s == 0.0F) return x / scale_.s;
-    const float y = x * inverse_;
-    return fmaf(fmaf(-y, scale_.s, x), inverse_, y);
-  }
-
   T* y_;
   const T* residual_;  // may be y
   RowScale scale_;

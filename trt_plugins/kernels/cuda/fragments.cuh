@@ -34,6 +34,17 @@ __host__ __device__ inline std::int64_t activation_offset(std::int64_t row, int 
   return block * kActivationBlockBytes + half * 512 + lane * 16 + word * 4;
 }
 
+/// The same for wgmma: [K/128][M/8] blocks of 8 rows x 128 bytes, in which row r has its 16-byte
+/// chunk c at chunk c ^ r (the 128-byte swizzle). num_row_blocks is M / 8.
+__host__ __device__ inline std::int64_t swizzled_offset(std::int64_t row, int column,
+                                                        int num_row_blocks) {
+  const std::int64_t block =
+      static_cast<std::int64_t>(column / kBlockInputs) * num_row_blocks + row / 8;
+  const int in_rows = static_cast<int>(row % 8), chunk = column % kBlockInputs / 16;
+  return block * kActivationBlockBytes + in_rows * kBlockInputs + (chunk ^ in_rows) * 16 +
+         column % 16;
+}
+
 /// acc += A . B with unsigned codes {0, 1, 2} and signed activations.
 __device__ inline void mma(int (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                            std::uint32_t b1) {

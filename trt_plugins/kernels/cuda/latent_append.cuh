@@ -74,16 +74,17 @@ __device__ inline void rotate_pair(const T* x, T* y, int half, int i, float cosi
   y[i + half] = from_wide<T>(second * cosine + first * sine);
 }
 
-/// Norms, quantises and stores the latent and the rotated key of one new token.
+/// Norms, quantises and stores the latent and the rotated key of one new token, by a thread block
+/// of kThreads or by a warp.
 /// @param row Shared memory, float [R].
 /// @param angles float2 [B * S, P / 2] to fill, or nullptr.
-template <typename T>
+template <int kThreads, typename T>
 __device__ inline void append_token(const LatentArgs<T>& args, std::int64_t token,
                                     const NewToken& t, float* row, float2* angles) {
-  const int half = args.rope_dim / 2;
+  const int half = args.rope_dim / 2, thread = threadIdx.x % kThreads;
   const T* kv = args.qkv + token * args.width + args.num_heads * args.qk_dim();
   const std::int64_t slot = static_cast<std::int64_t>(t.b) * args.capacity + t.position;
-  for (int i = threadIdx.x; i < half; i += kAppendThreads) {
+  for (int i = thread; i < half; i += kThreads) {
     float cosine, sine;
     rotary(args.frequencies, t.position, i, cosine, sine);
     if (angles != nullptr) angles[token * half + i] = make_float2(cosine, sine);
@@ -93,19 +94,22 @@ __device__ inline void append_token(const LatentArgs<T>& args, std::int64_t toke
   }
   if (!t.valid || !t.fits) return;
   const RowSource<T> source{kv, args.norm_weight, args.eps, args.rank, false};
-  const RowScale scale = quantize_row<kAppendThreads, Activation::kInt8>(
+  const RowScale scale = quantize_row<kThreads, Activation::kInt8>(
       source, row, args.rank, [&](int, int column, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(args.latent + slot * args.rank + column) = word;
       });
-  if (threadIdx.x == 0) args.scale[slot] = scale.s;
+  if (thread == 0) args.scale[slot] = scale.s;
 }
 
-/// Appends one new token a thread block. Shared memory: float [R].
+/// Appends one of num_tokens new tokens a warp. Shared memory: float [warps][R].
 template <typename T>
 __global__ void __launch_bounds__(kAppendThreads)
-    latent_append(LatentArgs<T> args, float2* angles) {
+    latent_append(LatentArgs<T> args, std::int64_t num_tokens, float2* angles) {
   extern __shared__ __align__(16) float row_memory[];
-  append_token(args, blockIdx.x, new_token(args, blockIdx.x), row_memory, angles);
+  const int warp = threadIdx.x / 32;
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * (kAppendThreads / 32) + warp;
+  if (token >= num_tokens) return;
+  append_token<32>(args, token, new_token(args, token), row_memory + warp * args.rank, angles);
 }
 
 /// Appends new tokens and takes their queries into the latent space: W_uk^T q_nope, then the
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   const NewToken t = new_token(args, token);
   const int head = blockIdx.y;
   if (head == args.num_heads) {
-    append_token(args, token, t, reinterpret_cast<float*>(memory), nullptr);
+    append_token<kAppendThreads>(args, token, t, reinterpret_cast<float*>(memory), nullptr);
     return;
   }
   if (!t.valid) return;

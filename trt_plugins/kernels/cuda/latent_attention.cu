@@ -4,8 +4,11 @@
 
 #include "latent_attention.h"
 #include "latent_decode.cuh"
+#include "latent_expand.cuh"
 #include "latent_prefill.cuh"
+#include "latent_prefill_wgmma.cuh"
 #include "latent_tensor.cuh"
+#include "launch_cluster.cuh"
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 
@@ -77,8 +80,10 @@ LatentArgs<T> make_args(const LatentAttentionShape& shape, const LatentAttention
 template <typename T>
 cudaError_t append(const LatentArgs<T>& args, std::int64_t batch, float2* angles,
                    cudaStream_t stream) {
-  latent_append<T><<<static_cast<unsigned>(batch * args.length), kAppendThreads,
-                     args.rank * sizeof(float), stream>>>(args, angles);
+  constexpr std::int64_t kWarps = kAppendThreads / 32;
+  const std::int64_t tokens = batch * args.length;
+  latent_append<T><<<static_cast<unsigned>((tokens + kWarps - 1) / kWarps), kAppendThreads,
+                     kWarps * args.rank * sizeof(float), stream>>>(args, tokens, angles);
   return cudaGetLastError();
 }
 
@@ -174,6 +179,27 @@ struct ExpandWorkspace {
   }
 };
 
+template <int kKeyDim, int kValueDim, typename T>
+cudaError_t launch_prefill_wgmma(const LatentArgs<T>& args, std::int64_t first_row,
+                                 std::int64_t rows, const T* expanded, const float2* angles,
+                                 cudaStream_t stream) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  const auto kernel = latent_prefill_wgmma<kKeyDim, kValueDim, T>;
+  if (const auto error = allow_shared_memory(kernel, Sizes::kBytes)) return error;
+  int device = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const std::int64_t items =
+      (args.length + Sizes::kQueries - 1) / Sizes::kQueries * args.num_heads * rows;
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors));
+  kernel<<<blocks, Sizes::kThreads, Sizes::kBytes, stream>>>(
+      args, static_cast<int>(first_row), static_cast<int>(rows), expanded, angles);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T>& args,
                            std::int64_t first_row, std::int64_t rows, const T* expanded,
@@ -181,6 +207,13 @@ cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T
   cudaError_t error = cudaErrorInvalidValue;
   with_prefill_widths(shape, [&](auto key_dim, auto value_dim) {
     constexpr int kKeyDim = decltype(key_dim)::value, kValueDim = decltype(value_dim)::value;
+    if constexpr (kValueDim >= 64) {
+      if (args.rope_dim % 16 == 0 && device_is_hopper()) {
+        error = launch_prefill_wgmma<kKeyDim, kValueDim>(args, first_row, rows, expanded, angles,
+                                                         stream);
+        return true;
+      }
+    }
     constexpr int kBytes = PrefillMemory<kKeyDim, kValueDim>::kBytes;
     const auto kernel = latent_prefill<kKeyDim, kValueDim, T>;
     error = allow_shared_memory(kernel, kBytes);
@@ -195,6 +228,33 @@ cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T
   return error;
 }
 
+/// Expands `rows` batch rows from first_row on.
+template <typename T>
+cudaError_t expand(const LatentAttentionShape& shape, const LatentArgs<T>& args,
+                   std::int64_t first_row, std::int64_t rows, T* expanded, void* arranged_memory,
+                   cudaStream_t stream) {
+  const std::int64_t n = shape.kv_b_rows();
+  if (args.rank % kExpandMultiple == 0 && n % 2 == 0) {
+    const int bytes = expand_bytes(args.rank);
+    const dim3 grid(static_cast<unsigned>((args.capacity + kExpandTokens - 1) / kExpandTokens),
+                    static_cast<unsigned>((n + 16 * kExpandBlocks - 1) / (16 * kExpandBlocks)),
+                    static_cast<unsigned>(rows));
+    latent_expand<T>
+        <<<grid, kExpandThreads, bytes, stream>>>(args, static_cast<int>(first_row), expanded);
+    return cudaGetLastError();
+  }
+  const std::int64_t m = rows * args.capacity, slot = first_row * args.capacity;
+  const QuantizedRows arranged = cut_workspace(arranged_memory, m, args.rank, Activation::kInt8);
+  const RowLimits limits{args.past_lens + first_row, args.seq_lens + first_row, args.capacity};
+  if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
+                                        args.rank, arranged, limits, stream)) {
+    return error;
+  }
+  const Output<T> out{expanded, nullptr, args.kv_b_scale, n};
+  return launch_product<Activation::kInt8>({arranged, args.kv_b, m, args.rank, limits}, out,
+                                           stream);
+}
+
 /// Expands batch rows to keys and values and attends with tensor cores, group by group.
 template <typename T>
 cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<T>& args,
@@ -206,19 +266,8 @@ cudaError_t attend_expanded(const LatentAttentionShape& shape, const LatentArgs<
   if (const auto error = append(args, batch, angles, stream)) return error;
   for (std::int64_t b = 0; b < batch; b += parts.rows) {
     const std::int64_t rows = std::min(parts.rows, batch - b);
-    const std::int64_t m = rows * args.capacity, slot = b * args.capacity;
-    const QuantizedRows arranged =
-        cut_workspace(memory + parts.arranged, m, args.rank, Activation::kInt8);
-    const RowLimits limits{args.past_lens + b, args.seq_lens + b, args.capacity};
-    if (const auto error = launch_arrange(args.latent + slot * args.rank, args.scale + slot, m,
-                                          args.rank, arranged, limits, stream)) {
+    if (const auto error = expand(shape, args, b, rows, expanded, memory + parts.arranged, stream))
       return error;
-    }
-    const Output<T> out{expanded, nullptr, args.kv_b_scale, shape.kv_b_rows()};
-    if (const auto error = launch_product<Activation::kInt8>(
-            {arranged, args.kv_b, m, args.rank, limits}, out, stream)) {
-      return error;
-    }
     if (const auto error = launch_prefill(shape, args, b, rows, expanded, angles, stream))
       return error;
   }
@@ -232,6 +281,10 @@ cudaError_t run(const LatentAttentionShape& shape, const LatentAttentionParams& 
   if constexpr (!std::is_same_v<T, float>) {
     if (can_expand(shape, p.type, p.length)) {
       return attend_expanded(shape, args, p.batch, workspace, stream);
+    }
+    constexpr std::int64_t kMaxGridRows = 65535;
+    if (p.length == 1 && p.batch <= kMaxGridRows && cluster_takes(shape) && device_is_hopper()) {
+      return launch_cluster(args, p.batch, stream);
     }
   }
   return attend_latent(shape, args, p.batch, workspace, stream);

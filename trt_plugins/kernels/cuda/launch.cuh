@@ -17,6 +17,54 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+/// Of the current GPU.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
+/// Bytes that a thread block may have on the current GPU.
+inline cudaError_t max_shared_memory(int& bytes) {
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+/// Whether the current GPU, Hopper or newer, lets a kernel begin before the one before it ends.
+inline bool can_launch_early() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
+/// Launches a kernel that may begin before the stream's kernel before it ends, and so calls
+/// wait_for_previous_kernel(); clusters of `cluster` thread blocks.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, std::int64_t bytes,
+                         int cluster, cudaStream_t stream, Arguments... arguments) {
+  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  if (can_launch_early()) {
+    auto& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    auto& size = attributes[config.numAttrs++];
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  config.attrs = attributes;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
 /// Calls f(T{}) with the element type.
 template <typename F>
 cudaError_t with_type(DataType type, F f) {

@@ -14,19 +14,13 @@ namespace tinylm::cuda {
 inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int64_t m,
                                   std::int64_t k, const QuantizedRows& out, const RowLimits& limits,
                                   cudaStream_t stream) {
-  arrange_rows<<<static_cast<unsigned>(m), kArrangeThreads, 0, stream>>>(
-      q, s, static_cast<int>(k), num_blocks(k), out, limits);
-  return cudaGetLastError();
+  return launch_early(arrange_rows, dim3(static_cast<unsigned>(m)), kArrangeThreads, 0, 1, stream,
+                      q, s, static_cast<int>(k), num_blocks(k), out, limits);
 }
 
-/// One product: m quantised rows with n packed outputs.
-struct Product {
-  QuantizedRows rows;
-  const std::uint8_t* weight;
-  std::int64_t m;
-  std::int64_t k;
-  RowLimits limits;
-};
+/// The product on Hopper, of swizzled rows (ternary_wgmma.cu).
+template <Activation kActivation, typename Y>
+cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t stream);
 
 namespace detail {
 
@@ -47,10 +41,9 @@ cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t str
   const GemvWeights weights{p.weight, num_blocks(p.k)};
   const dim3 blocks(static_cast<unsigned>((out.n + 15) / 16),
                     static_cast<unsigned>((p.m + 8 * kTiles - 1) / (8 * kTiles)));
-  ternary_gemv<kActivation, kTiles, Y><<<blocks, kGemvThreads, 0, stream>>>(
-      p.rows.activations, p.rows.digit_bytes, {p.rows.s, p.rows.sums}, weights, out,
-      static_cast<int>(p.m));
-  return cudaGetLastError();
+  return launch_early(ternary_gemv<kActivation, kTiles, Y>, blocks, kGemvThreads, 0, 1, stream,
+                      p.rows.activations, p.rows.digit_bytes, RowScales{p.rows.s, p.rows.sums},
+                      weights, out, static_cast<int>(p.m));
 }
 
 }  // namespace detail
@@ -62,6 +55,12 @@ cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t 
   using Small = TileShape<2, 2, 2, 4, 4, 3>;  // 64 outputs x 64 rows
   using Large = TileShape<4, 2, 2, 8, 4, 2>;  // 128 outputs x 128 rows
   constexpr std::int64_t kEnoughBlocks = 100;
+  if (p.rows.layout == RowLayout::kSwizzled) {
+    // Exact fp8 products of float32 tensors have digits.
+    constexpr bool kExists = kActivation == Activation::kInt8 || sizeof(Y) == 2;
+    if constexpr (kExists) return launch_wgmma<kActivation>(p, out, stream);
+    return cudaErrorInvalidValue;
+  }
   if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
   if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
   if (p.m <= 32) return detail::launch_gemv<4, kActivation>(p, out, stream);

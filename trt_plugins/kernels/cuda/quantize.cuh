@@ -1,53 +1,91 @@
-// Kernels that bring rows into the order of fragments.cuh, one thread block a row.
+// Kernels that bring rows into the order of fragments.cuh, one thread block or one warp a row.
 #pragma once
 
-#include "fragments.cuh"
-#include "ternary_tile.cuh"
+#include "async_copy.cuh"
+#include "product.cuh"
+#include "quantize_registers.cuh"
 
 namespace tinylm::cuda {
 
 inline constexpr int kQuantizeThreads = 256;
 
-/// Quantised rows in a workspace.
-struct QuantizedRows {
-  std::uint8_t* activations;  // digits, digit_bytes apart
-  std::int64_t digit_bytes;
-  float* s;   // [m]
-  int* sums;  // [m]
-};
+namespace detail {
 
-/// Cuts a workspace for m rows.
-inline QuantizedRows cut_workspace(void* workspace, std::int64_t m, std::int64_t k,
-                                   Activation activation) {
-  const std::int64_t rows = round_up(m, 8);
-  auto* memory = static_cast<std::uint8_t*>(workspace);
-  QuantizedRows out{};
-  out.activations = memory;
-  out.digit_bytes = rows * round_up(k, kBlockInputs);
-  memory += round_up(num_digits(activation) * out.digit_bytes, kAlignment);
-  out.s = reinterpret_cast<float*>(memory);
-  memory += round_up(rows * static_cast<std::int64_t>(sizeof(float)), kAlignment);
-  out.sums = reinterpret_cast<int*>(memory);
-  return out;
+/// Where four values of a row go.
+__device__ inline std::uint8_t* quantized_word(const QuantizedRows& out, int digit,
+                                               std::int64_t row, int column, int num_blocks) {
+  const std::int64_t at = out.layout == RowLayout::kSwizzled
+                              ? swizzled_offset(row, column, out.row_blocks)
+                              : activation_offset(row, column, num_blocks);
+  return out.activations + digit * out.digit_bytes + at;
 }
 
-/// Gate, norm and quantise: kGroup threads a row. Shared memory: float [rows of a thread block][k].
-template <int kGroup, Activation kActivation, typename T>
-__global__ void __launch_bounds__(kQuantizeThreads)
+}  // namespace detail
+
+/// Gate, norm and quantise, kGroup threads a row; each group walks over the rows. They hold
+/// 4 * kVectors values each, and the norm's weights, and fetch a row while they work on the one
+/// before.
+/// @tparam kRaw Whether e4m3 values are written as they are, not as digits.
+template <int kThreads, int kGroup, int kVectors, Activation kActivation, bool kRaw, typename T>
+__global__ void __launch_bounds__(kThreads)
     quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
+  using Row = RegisterRow<kGroup, kVectors, T>;
+  __shared__ typename RowReduction<kGroup>::Memory memory[kThreads / kGroup];
+  launch_next_kernel();
+  const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
+  RowReduction<kGroup> reduce{memory + group};
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * (kThreads / kGroup);
+  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + group;
+  const std::int64_t vector_bytes =
+      4 * kGroup / kBlockInputs * kActivationBlockBytes *
+      static_cast<std::int64_t>(out.layout == RowLayout::kSwizzled ? out.row_blocks : 1);
+  Row values;
+  values.load_weights(source, thread);
+  wait_for_previous_kernel();
+  typename Row::RawRow raw;
+  if (row < m) Row::load(raw, source, row, thread);
+  while (row < m) {
+    values.take(raw, source);
+    const std::int64_t next = row + stride;
+    if (next < m) Row::load(raw, source, next, thread);
+    const float s = values.template scale<kActivation>(source, reduce);
+    // A thread's vectors are 4 * kGroup columns apart, whole blocks.
+    std::uint8_t* first = detail::quantized_word(out, 0, row, 4 * thread, num_blocks);
+    const int sum = values.template quantize<kActivation, kRaw>(
+        s, thread, num_blocks * kBlockInputs, [&](int digit, int vector, std::uint32_t word) {
+          *reinterpret_cast<std::uint32_t*>(first + digit * out.digit_bytes +
+                                            vector * vector_bytes) = word;
+        });
+    reduce.leave_sum(sum);
+    if constexpr (kGroup == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+    if (thread == 0) {
+      out.s[row] = s;
+      out.sums[row] = reduce.row_sum();
+    }
+    row = next;
+  }
+}
+
+/// The same for rows of any length. Shared memory: float [k].
+template <Activation kActivation, bool kRaw, typename T>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    quantize_long_rows(RowSource<T> source, int num_blocks, QuantizedRows out) {
   extern __shared__ __align__(16) float row_memory[];
-  const int group = threadIdx.x / kGroup;
-  const std::int64_t row =
-      static_cast<std::int64_t>(blockIdx.x) * (kQuantizeThreads / kGroup) + group;
-  if (row >= m) return;
+  launch_next_kernel();
+  wait_for_previous_kernel();
+  const std::int64_t row = blockIdx.x;
   source.x += row * source.k * (source.gated ? 2 : 1);
-  const RowScale scale = quantize_row<kGroup, kActivation>(
-      source, row_memory + group * source.k, num_blocks * kBlockInputs,
+  const RowScale scale = quantize_row<kQuantizeThreads, kActivation, kRaw>(
+      source, row_memory, num_blocks * kBlockInputs,
       [&](int digit, int column, std::uint32_t word) {
-        *reinterpret_cast<std::uint32_t*>(out.activations + digit * out.digit_bytes +
-                                          activation_offset(row, column, num_blocks)) = word;
+        *reinterpret_cast<std::uint32_t*>(
+            detail::quantized_word(out, digit, row, column, num_blocks)) = word;
       });
-  if (threadIdx.x % kGroup == 0) {
+  if (threadIdx.x == 0) {
     out.s[row] = scale.s;
     out.sums[row] = scale.sum;
   }
@@ -60,6 +98,8 @@ inline constexpr int kArrangeThreads = 64;
 static __global__ void __launch_bounds__(kArrangeThreads)
     arrange_rows(const std::int8_t* q, const float* s, int k, int num_blocks, QuantizedRows out,
                  RowLimits limits) {
+  launch_next_kernel();
+  wait_for_previous_kernel();
   const std::int64_t row = blockIdx.x;
   if (limits.past_lens != nullptr) {
     const std::int64_t b = row / limits.capacity;
@@ -72,8 +112,7 @@ static __global__ void __launch_bounds__(kArrangeThreads)
       word = *reinterpret_cast<const std::uint32_t*>(q + row * k + i);
       sum = __dp4a(static_cast<int>(word), 0x01010101, sum);
     }
-    *reinterpret_cast<std::uint32_t*>(out.activations + activation_offset(row, i, num_blocks)) =
-        word;
+    *reinterpret_cast<std::uint32_t*>(detail::quantized_word(out, 0, row, i, num_blocks)) = word;
   }
   sum = detail::block_reduce<kArrangeThreads>(sum, [](int a, int b) { return a + b; });
   if (threadIdx.x == 0) {

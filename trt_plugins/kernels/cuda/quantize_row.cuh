@@ -4,6 +4,8 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "convert.cuh"
 #include "types.h"
 
@@ -58,20 +60,25 @@ __device__ inline float silu(float x) { return x / (1.0F + expf(-x)); }
 /// silu rounded to T, times up, rounded to T, as tinylm::SwiGLU.
 template <typename T>
 __device__ inline float gate(float gate_value, float up) {
-  return rounded<T>(to_float(from_wide<T>(silu(static_cast<wide_t<T>>(gate_value)))) * up);
+  if constexpr (std::is_same_v<T, float>) return static_cast<float>(silu(double{gate_value})) * up;
+  return rounded<T>(rounded<T>(silu(gate_value)) * up);
 }
 
 __device__ inline std::uint32_t pack4(int a, int b, int c, int d) {
   return (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | static_cast<std::uint32_t>(d) << 24;
 }
 
-/// A quantised value in units of 2^-9.
-__device__ inline int fp8_units(float product) {
+__device__ inline __nv_fp8_storage_t fp8_value(float product) {
+  return __nv_cvt_float_to_fp8(product, __NV_SATFINITE, __NV_E4M3);
+}
+
+/// An e4m3 value in units of 2^-9.
+__device__ inline int fp8_units(__nv_fp8_storage_t q) {
   // Not-a-number has no digits; the row's multiplier carries it to the output.
-  if (isnan(product)) return 0;
-  const __nv_fp8_storage_t q = __nv_cvt_float_to_fp8(product, __NV_SATFINITE, __NV_E4M3);
+  if ((q & 0x7f) == 0x7f) return 0;
   return static_cast<int>(to_float(__half(__nv_cvt_fp8_to_halfraw(q, __NV_E4M3))) * kFp8Units);
 }
+__device__ inline int fp8_units(float product) { return fp8_units(fp8_value(product)); }
 
 __device__ inline int int8_value(float product) {
   return static_cast<int>(fminf(fmaxf(rintf(product), -128.0F), 127.0F));
@@ -85,7 +92,8 @@ __device__ inline int int8_value(float product) {
 /// @param emit Called as emit(digit, column, word) with four values of columns column .. column +
 /// 3,
 ///     one byte each; zeros from k to k_padded.
-template <int kThreads, Activation kActivation, typename T, typename Emit>
+/// @tparam kRaw Whether e4m3 values are given as they are, as digit 0.
+template <int kThreads, Activation kActivation, bool kRaw = false, typename T, typename Emit>
 __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, int k_padded,
                                         Emit emit) {
   const int k = source.k;
@@ -133,9 +141,10 @@ __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, 
         const float product = values[j] * s;
         q[j] = kInt8 ? detail::int8_value(product) : detail::fp8_units(product);
         sum += q[j];
+        if (!kInt8 && kRaw) q[j] = detail::fp8_value(product);
       }
     }
-    for (int digit = 0; digit < num_digits(kActivation); ++digit) {
+    for (int digit = 0; digit < (kRaw ? 1 : num_digits(kActivation)); ++digit) {
       emit(digit, i, detail::pack4(q[0], q[1], q[2], q[3]));
       for (int j = 0; j < 4; ++j) q[j] = (q[j] - static_cast<std::int8_t>(q[j])) / 256;
     }

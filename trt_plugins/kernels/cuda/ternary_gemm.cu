@@ -1,5 +1,6 @@
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
+#include "ternary_gemv_row.cuh"
 
 namespace tinylm::cuda {
 namespace {
@@ -14,37 +15,83 @@ RowSource<T> row_source(const BitLinearParams& p) {
   return {static_cast<const T*>(p.x), p.norm_weight, p.eps, static_cast<int>(p.k), p.gated};
 }
 
+/// The order of rows that bit_linear()'s kernels take.
+RowLayout layout_of(const BitLinearParams& p) {
+  // fp8 tensor cores are not exact: float32 tensors keep to digits.
+  const bool digits = p.activation == Activation::kFp8E4m3 && p.type == DataType::kFloat;
+  return digits ? RowLayout::kFragments : row_layout(p.m);
+}
+
+template <Activation kActivation, bool kRaw, typename T>
+cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
+                            cudaStream_t stream) {
+  constexpr std::int64_t kManyRows = 512;
+  const std::int64_t k = round_up(p.k, kBlockInputs);
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  const auto launch = [&](auto kernel, int threads, int rows_at_once, int blocks_at_once) {
+    const std::int64_t most = static_cast<std::int64_t>(num_sms) * blocks_at_once;
+    const std::int64_t grid = std::min((p.m + rows_at_once - 1) / rows_at_once, most);
+    return launch_early(kernel, dim3(static_cast<unsigned>(grid)), threads, 0, 1, stream,
+                        row_source<T>(p), p.m, num_blocks(p.k), rows);
+  };
+  // Few rows are the sooner done the more threads each has; many take fewer instructions with few.
+  if (p.m >= kManyRows) {
+    if (k <= 1024) return launch(quantize_rows<128, 32, 8, kActivation, kRaw, T>, 128, 4, 4);
+    if (k <= 4096) return launch(quantize_rows<128, 128, 8, kActivation, kRaw, T>, 128, 1, 4);
+    if (k <= 8192) return launch(quantize_rows<256, 256, 8, kActivation, kRaw, T>, 256, 1, 2);
+  }
+  if (k <= 1024) return launch(quantize_rows<256, 256, 1, kActivation, kRaw, T>, 256, 1, 8);
+  if (k <= 4096) return launch(quantize_rows<512, 512, 2, kActivation, kRaw, T>, 512, 1, 2);
+  if (k <= 8192) return launch(quantize_rows<512, 512, 4, kActivation, kRaw, T>, 512, 1, 2);
+  return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
+                      kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,
+                      row_source<T>(p), num_blocks(p.k), rows);
+}
+
 template <Activation kActivation, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
-  // Many short rows: a warp for each, which never waits for another.
-  constexpr std::int64_t kManyRows = 512, kShort = 4096;
-  const bool by_warp = p.m >= kManyRows && p.k <= kShort;
-  const auto kernel =
-      by_warp ? quantize_rows<32, kActivation, T> : quantize_rows<kQuantizeThreads, kActivation, T>;
-  const std::int64_t rows_at_once = by_warp ? kQuantizeThreads / 32 : 1;
-  const auto bytes = rows_at_once * p.k * static_cast<std::int64_t>(sizeof(float));
-  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-  kernel<<<static_cast<unsigned>((p.m + rows_at_once - 1) / rows_at_once), kQuantizeThreads, bytes,
-           stream>>>(row_source<T>(p), p.m, num_blocks(p.k), rows);
-  return cudaGetLastError();
+  if constexpr (kActivation == Activation::kFp8E4m3 && !std::is_same_v<T, float>) {
+    if (rows.layout == RowLayout::kSwizzled) {
+      return launch_quantize<kActivation, true, T>(p, rows, stream);
+    }
+  }
+  return launch_quantize<kActivation, false, T>(p, rows, stream);
+}
+
+template <typename Shape, Activation kActivation, typename T>
+cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
+  int device = 0, num_sms = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const auto tiles = static_cast<int>((p.n + 15) / 16);
+  // One thread block for each multiprocessor, since each quantises the row.
+  const int each = std::min((tiles + num_sms - 1) / num_sms, Shape::kMostTiles);
+  const RowWeights weights{p.weight, num_blocks(p.k), tiles, each};
+  return launch_early(ternary_gemv_row<Shape, kActivation, T>,
+                      dim3(static_cast<unsigned>((tiles + each - 1) / each)), Shape::kThreads,
+                      row_shared_bytes<Shape, kActivation>(weights), 1, stream, row_source<T>(p),
+                      weights, out);
 }
 
 template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
-  if (p.m == 1) {
-    const auto kernel = ternary_gemv_fused<kActivation, T, T>;
-    const std::int64_t bytes = p.k * static_cast<std::int64_t>(sizeof(float)) +
-                               num_digits(kActivation) * round_up(p.k, kBlockInputs);
-    if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-    kernel<<<static_cast<unsigned>((p.n + 15) / 16), kGemvThreads, bytes, stream>>>(
-        row_source<T>(p), {p.weight, num_blocks(p.k)}, out);
-    return cudaGetLastError();
+  if (p.m == 1 && p.k <= RowShape<512, 4, 16>::kMostInputs) {
+    if (p.k <= 1024) return launch_row<RowShape<256, 1, 16>, kActivation>(p, out, stream);
+    if (p.k <= 4096) return launch_row<RowShape<256, 4, 16>, kActivation>(p, out, stream);
+    // GPUs of 8.6 and 8.9 have 99 KiB of shared memory for a thread block.
+    int most = 0;
+    if (const auto error = max_shared_memory(most)) return error;
+    if (most < 160 * 1024) return launch_row<RowShape<512, 4, 8>, kActivation>(p, out, stream);
+    return launch_row<RowShape<512, 4, 16>, kActivation>(p, out, stream);
   }
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation);
+  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
-  return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}}, out, stream);
+  return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}, p.plan}, out, stream);
 }
 
 /// Back from the order of fragments to [m, k].
@@ -54,9 +101,12 @@ __global__ void gather_quantized(QuantizedRows rows, void* q, float* s, int k, i
   for (int i = threadIdx.x; i < k; i += blockDim.x) {
     int value = 0;
     for (int digit = num_digits(kActivation) - 1; digit >= 0; --digit) {
-      const std::int64_t at = activation_offset(row, i / 4 * 4, blocks) + i % 4;
-      value =
-          value * 256 + static_cast<std::int8_t>(rows.activations[digit * rows.digit_bytes + at]);
+      const std::uint8_t* word = detail::quantized_word(rows, digit, row, i / 4 * 4, blocks);
+      value = value * 256 + static_cast<std::int8_t>(word[i % 4]);
+      if (kActivation == Activation::kFp8E4m3 && rows.layout == RowLayout::kSwizzled) {
+        value = detail::fp8_units(static_cast<__nv_fp8_storage_t>(word[i % 4]));
+        // As it is, in digit 0, the last one here.
+      }
     }
     if (kActivation == Activation::kInt8) {
       static_cast<std::int8_t*>(q)[row * k + i] = static_cast<std::int8_t>(value);
@@ -89,7 +139,7 @@ cudaError_t quantize(const BitLinearParams& p, void* q, float* s, void* workspac
                      cudaStream_t stream) {
   if (!valid(p)) return cudaErrorInvalidValue;
   if (p.m == 0) return cudaSuccess;
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, p.activation);
+  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, p.activation, layout_of(p));
   return with_type(p.type, [&](auto element) {
     using T = decltype(element);
     const auto run_one = [&](auto activation) {
@@ -108,13 +158,13 @@ cudaError_t quantize(const BitLinearParams& p, void* q, float* s, void* workspac
 
 cudaError_t accumulate_int8(const std::int8_t* q, const std::uint8_t* weight, std::int64_t m,
                             std::int64_t n, std::int64_t k, std::int32_t* sums, void* workspace,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, const ProductPlan* plan) {
   if (m < 0 || n <= 0 || k <= 0 || k % 4 != 0 || k > kMaxInputs) return cudaErrorInvalidValue;
   if (m == 0) return cudaSuccess;
   const QuantizedRows rows = cut_workspace(workspace, m, k, Activation::kInt8);
   if (const auto error = launch_arrange(q, nullptr, m, k, rows, {}, stream)) return error;
   const Output<std::int32_t> out{sums, nullptr, nullptr, n};
-  return launch_product<Activation::kInt8>({rows, weight, m, k, {}}, out, stream);
+  return launch_product<Activation::kInt8>({rows, weight, m, k, {}, plan}, out, stream);
 }
 
 }  // namespace tinylm::cuda

@@ -2,10 +2,12 @@
 /// tinylm::BitLinear on a GPU: [gate,] RMSNorm, absmax, quantise, exact product with ternary
 /// weights, scale [, add]. Numerics: tinylm/quantization.py and tinylm/norm.py.
 ///
-/// Both activation formats give the exact sum q . code, whatever the kernel: int8 in int32;
-/// fp8_e4m3 as three int8 digits of a fixed-point number.
+/// int8 activations give the exact sum q . code, whatever the kernel. So do fp8_e4m3 ones, as three
+/// int8 digits of a fixed-point number, but for half-precision tensors of more than 32 rows on
+/// Hopper: those are summed by fp8 tensor cores.
 #pragma once
 
+#include "product_plan.h"
 #include "types.h"
 
 namespace tinylm::cuda {
@@ -20,7 +22,9 @@ inline constexpr std::int64_t packed_bytes(std::int64_t n, std::int64_t k) {
   return round_up(n, 16) * round_up(k, 128) / 4;
 }
 
-/// Arguments of bit_linear(). Device pointers, aligned to 16 bytes.
+/// Arguments of bit_linear(). Device pointers, aligned to 16 bytes. On Hopper the weights, their
+/// scale and the norm's weights are read before the stream's kernel before has ended, if that
+/// allows it (programmatic dependent launch): it must not be the one that writes them.
 struct BitLinearParams {
   DataType type = DataType::kFloat;  ///< of x, y and residual
   Activation activation = Activation::kInt8;
@@ -35,6 +39,7 @@ struct BitLinearParams {
   const float* weight_scale = nullptr;   ///< [n]
   const float* norm_weight = nullptr;    ///< [k], or nullptr for no norm
   float eps = 1e-5F;
+  const ProductPlan* plan = nullptr;  ///< how a product on Hopper is cut, to try others
 };
 
 /// Bytes of workspace that bit_linear() needs for up to m rows.
@@ -55,6 +60,6 @@ cudaError_t quantize(const BitLinearParams& params, void* q, float* s, void* wor
 /// @param workspace bit_linear_workspace(m, k, kInt8) bytes.
 cudaError_t accumulate_int8(const std::int8_t* q, const std::uint8_t* weight, std::int64_t m,
                             std::int64_t n, std::int64_t k, std::int32_t* sums, void* workspace,
-                            cudaStream_t stream);
+                            cudaStream_t stream, const ProductPlan* plan = nullptr);
 
 }  // namespace tinylm::cuda

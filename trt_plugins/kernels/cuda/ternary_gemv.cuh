@@ -2,6 +2,7 @@
 // the order in which the warps' parts are added does not matter.
 #pragma once
 
+#include "async_copy.cuh"
 #include "epilogue.cuh"
 #include "fragments.cuh"
 
@@ -12,7 +13,6 @@ inline constexpr int kGemvThreads = 32 * kGemvWarps;
 // Blocks of 128 inputs whose weights a warp loads before it waits for the activations.
 inline constexpr int kGemvPrefetch = 4;
 
-/// Arguments of both kernels.
 struct GemvWeights {
   const std::uint8_t* packed;
   int num_blocks;  // K / 128, rounded up
@@ -95,45 +95,6 @@ __device__ inline void keep_parts(const int (&acc)[kTiles][4], int (*parts)[8 * 
 
 }  // namespace detail
 
-/// One row, quantised by every thread block for itself: cheaper than a kernel of its own.
-/// Shared memory: float [k], then int8 [digits][K padded].
-template <Activation kActivation, typename T, typename Y>
-__global__ void __launch_bounds__(kGemvThreads)
-    ternary_gemv_fused(RowSource<T> source, GemvWeights weights, Output<Y> out) {
-  constexpr int kDigits = num_digits(kActivation);
-  extern __shared__ __align__(16) std::uint8_t memory[];
-  __shared__ int parts[kGemvWarps][8][16];
-  float* row = reinterpret_cast<float*>(memory);
-  const int k_padded = weights.num_blocks * kBlockInputs;
-  std::uint8_t* q = memory + source.k * sizeof(float);
-
-  uint4 words[kGemvPrefetch];
-  const std::uint8_t* packed = detail::lane_weights(weights);
-  detail::prefetch_weights(words, packed, weights.num_blocks);
-  const RowScale scale = quantize_row<kGemvThreads, kActivation>(
-      source, row, k_padded, [&](int digit, int column, std::uint32_t word) {
-        *reinterpret_cast<std::uint32_t*>(q + digit * k_padded + column) = word;
-      });
-
-  int acc[1][4] = {};
-  const int t = threadIdx.x % 4;
-  // Every column of the B operand holds the same row; the first one's sums are used.
-  detail::sum_blocks<1, kDigits>(
-      acc, packed, weights.num_blocks, words, [&](int digit, int block, int, int half) {
-        const std::uint8_t* at = q + digit * k_padded + block * kBlockInputs + half * 64 + 4 * t;
-        const auto word = [&](int i) { return *reinterpret_cast<const std::uint32_t*>(at + i); };
-        return make_uint4(word(0), word(16), word(32), word(48));
-      });
-  detail::keep_parts<1>(acc, parts);
-  __syncthreads();
-  const int column = blockIdx.x * 16 + threadIdx.x;
-  if (threadIdx.x < 16 && column < out.n) {
-    int sum = 0;
-    for (int warp = 0; warp < kGemvWarps; ++warp) sum += parts[warp][0][threadIdx.x];
-    RowOutput<Y>(out, 0, scale).template store<kActivation>(column, sum, column_scale(out, column));
-  }
-}
-
 /// Rows that are quantised already, 8 * kTiles a thread block. Grid: outputs / 16 x groups of rows.
 /// @param activations In the order of fragments.cuh; digit_bytes apart.
 template <Activation kActivation, int kTiles, typename Y>
@@ -144,6 +105,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   uint4 words[kGemvPrefetch];
   const std::uint8_t* packed = detail::lane_weights(weights);
   detail::prefetch_weights(words, packed, weights.num_blocks);
+  wait_for_previous_kernel();
   int acc[kTiles][4] = {};
   const int first_row = blockIdx.y * 8 * kTiles;
   const int num_rows = min(8 * kTiles, m - first_row);

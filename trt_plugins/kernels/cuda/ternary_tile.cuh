@@ -2,8 +2,10 @@
 // through shared memory in stages of 128 inputs by cp.async, in the order of the fragments.
 #pragma once
 
+#include "async_copy.cuh"
 #include "epilogue.cuh"
 #include "fragments.cuh"
+#include "product.cuh"
 
 namespace tinylm::cuda {
 
@@ -21,39 +23,6 @@ struct TileShape {
   static constexpr int kStageBytes = kActivationBytes + kOutputs / 16 * kWeightBlockBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
-
-/// Rows that matter, where the rows are batches of `capacity` of which only the first lens[b] do.
-struct RowLimits {
-  const std::int32_t* past_lens = nullptr;  // [batches] or nullptr: every row
-  const std::int32_t* seq_lens = nullptr;   // [batches]
-  std::int64_t capacity = 1;
-};
-
-namespace detail {
-
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(bytes));
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
-}
-
-/// Whether any row of [first, last) is among the first past + seq of its batch.
-__device__ inline bool any_row(const RowLimits& limits, std::int64_t first, std::int64_t last) {
-  if (limits.past_lens == nullptr) return true;
-  for (std::int64_t b = first / limits.capacity; b * limits.capacity < last; ++b) {
-    const std::int64_t begin = max(first, b * limits.capacity);
-    if (begin < b * limits.capacity + limits.past_lens[b] + limits.seq_lens[b]) return true;
-  }
-  return false;
-}
-
-}  // namespace detail
 
 /// y = activations . weights for rows of blockIdx.x's tile and outputs of blockIdx.y's.
 template <typename Shape, Activation kActivation, typename Y>

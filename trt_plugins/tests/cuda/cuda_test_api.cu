@@ -1,5 +1,6 @@
 // The kernels' launchers as C functions, for ctypes (export/cuda_kernels.py). Every
 // function returns a cudaError_t.
+#include "cluster_plan.h"
 #include "latent_attention.h"
 #include "lm_head.h"
 #include "ternary_gemm.h"
@@ -13,11 +14,18 @@ TINYLM_TEST_API std::int64_t tinylm_bit_linear_workspace(std::int64_t m, std::in
   return bit_linear_workspace(m, k, static_cast<Activation>(activation));
 }
 
+/// rows, k_parts; nullptr for the launcher's choice.
+static ProductPlan plan_of(const std::int32_t* plan) {
+  return plan == nullptr ? ProductPlan{} : ProductPlan{plan[0], plan[1]};
+}
+
 TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, std::int64_t n,
                                       std::int64_t k, int gated, const void* x,
                                       const void* residual, void* y, const std::uint8_t* weight,
                                       const float* weight_scale, const float* norm_weight,
-                                      float eps, void* workspace, void* stream) {
+                                      float eps, const std::int32_t* plan, void* workspace,
+                                      void* stream) {
+  const auto given = plan_of(plan);
   const BitLinearParams params{static_cast<DataType>(type),
                                static_cast<Activation>(activation),
                                m,
@@ -30,7 +38,8 @@ TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, 
                                weight,
                                weight_scale,
                                norm_weight,
-                               eps};
+                               eps,
+                               plan == nullptr ? nullptr : &given};
   return bit_linear(params, workspace, static_cast<cudaStream_t>(stream));
 }
 
@@ -52,8 +61,11 @@ TINYLM_TEST_API int tinylm_quantize(int type, int activation, std::int64_t m, st
 
 TINYLM_TEST_API int tinylm_accumulate_int8(const std::int8_t* q, const std::uint8_t* weight,
                                            std::int64_t m, std::int64_t n, std::int64_t k,
-                                           std::int32_t* sums, void* workspace, void* stream) {
-  return accumulate_int8(q, weight, m, n, k, sums, workspace, static_cast<cudaStream_t>(stream));
+                                           std::int32_t* sums, const std::int32_t* plan,
+                                           void* workspace, void* stream) {
+  const auto given = plan_of(plan);
+  return accumulate_int8(q, weight, m, n, k, sums, workspace, static_cast<cudaStream_t>(stream),
+                         plan == nullptr ? nullptr : &given);
 }
 
 /// Sizes of an attention layer, in the order of export/cuda_kernels.py.
@@ -75,6 +87,15 @@ TINYLM_TEST_API std::int64_t tinylm_latent_attention_workspace(const AttentionSi
 
 TINYLM_TEST_API const char* tinylm_latent_attention_unsupported(const AttentionSizes* sizes) {
   return unsupported(shape_of(*sizes));
+}
+
+/// Thread blocks that share a row in decode, or 0 where clusters don't take the shape.
+TINYLM_TEST_API int tinylm_decode_cluster(const AttentionSizes* sizes, int multiprocessors) {
+  const LatentAttentionShape shape = shape_of(*sizes);
+  if (!cluster_takes(shape)) return 0;
+  const std::int64_t groups = (shape.num_heads + kClusterHeads - 1) / kClusterHeads;
+  return cluster_blocks(sizes->batch * groups, sizes->capacity,
+                        multiprocessors * cluster_blocks_each(shape.latent_rank, shape.rope_dim));
 }
 
 TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const void* qkv,

@@ -1,0 +1,115 @@
+// Hopper's copies in bulk, the barriers in shared memory that count their bytes, clusters, and
+// programmatic dependent launch. On older GPUs the launch's functions do nothing, the rest is
+// absent.
+#pragma once
+
+#include <cstdint>
+
+namespace tinylm::cuda {
+
+/// Lets the next kernel on the stream begin, up to its wait_for_previous_kernel().
+__device__ inline void launch_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until everything that the stream's earlier kernels wrote is there.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+namespace detail {
+/// 16 bytes to shared memory, zeros unless they exist.
+__device__ inline void copy_async(void* to, const void* from, bool exists) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+}  // namespace detail
+
+/// The address of the same place in the shared memory of the cluster's thread block `rank`.
+__device__ inline std::uint32_t cluster_address(std::uint32_t shared, int rank) {
+  std::uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+  return there;
+}
+
+/// Waits for every thread of every thread block of the cluster.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// A barrier in shared memory: a phase ends when all arrivals and announced bytes have come.
+struct CopyBarrier {
+  std::uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+                 "r"(arrivals)
+                 : "memory");
+  }
+  /// Arrives and announces bytes of copies.
+  __device__ void expect(int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  /// Arrives when this thread's copy_async() so far have come.
+  __device__ void arrive_after_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this))
+                 : "memory");
+  }
+  /// Waits for the end of the phase of this parity.
+  __device__ void wait(int parity) {
+    asm volatile(
+        "{ .reg .pred done; again: "
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+/// Makes initialised barriers known to copies.
+__device__ inline void fence_barriers() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Copies from global to shared memory; addresses and bytes are multiples of 16.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, CopyBarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+/// 16 bytes of another thread block's shared memory.
+__device__ inline uint4 load_cluster(std::uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+}  // namespace tinylm::cuda

@@ -1,0 +1,413 @@
+// latent_prefill() for Hopper: FlashAttention-3's (2407.08608) division of labour. One warpgroup
+// copies keys and values; each of the others has 64 queries, and its scores, weights and output in
+// registers. While one warpgroup takes exponentials, the tensor cores work for the others.
+//
+// Persistent: each thread block takes tiles of queries, the longest first, in an order like a
+// snake's, so that all end together; the next tile's keys are copied while the last one is stored.
+#pragma once
+
+#include "cluster.cuh"
+#include "half_wgmma.cuh"
+#include "latent_prefill.cuh"
+
+namespace tinylm::cuda {
+
+/// Sizes of latent_prefill_wgmma(). Panels are 64 columns of a tile, 128 bytes a row.
+template <int kKeyDim, int kValueDim>
+struct WgmmaPrefill {
+  static constexpr int kGroups = kKeyDim <= 96 && kValueDim <= 64 ? 3 : 2;  // of 64 queries
+  static constexpr int kQueries = 64 * kGroups, kKeys = 128;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 200;
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 112;
+  static constexpr int kKeyPanels = (kKeyDim + 63) / 64, kValuePanels = kValueDim / 64;
+  static constexpr int kPanelBytes = kKeys * 128;
+  static constexpr int kStageBytes = (kKeyPanels + kValuePanels) * kPanelBytes;
+  static constexpr int kQueryBytes = kKeyPanels * kQueries * 128;
+  static constexpr int kStages = kKeyDim <= 64 ? 4 : kKeyDim <= 96 ? 3 : 2;
+  static constexpr int kBarriers = kQueryBytes + kStages * kStageBytes;
+  static constexpr int kBytes = 1024 + kBarriers + 16 * kStages;  // 1024: to align the rest
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace detail {
+
+/// A tile of queries of one head and batch row.
+struct PrefillTile {
+  int b, row, head, first;  // b: batch row; row: the same from first_row on; first: query
+  int past, fresh, num_keys;
+
+  /// Keys that queries before `end` of this tile see, rounded up to tiles of them.
+  __device__ int key_tiles(int end, int keys) const {
+    if (first >= fresh) return 0;
+    return (min(past + min(end, fresh), num_keys) + keys - 1) / keys;
+  }
+};
+
+template <int kQueries, typename T>
+__device__ inline PrefillTile prefill_tile(const LatentArgs<T>& args, int first_row, int rows,
+                                           int item) {
+  const int each = args.num_heads * rows;
+  const int tiles = (args.length + kQueries - 1) / kQueries;
+  PrefillTile tile{};
+  tile.first = (tiles - 1 - item / each) * kQueries;
+  tile.head = item % each % args.num_heads;
+  tile.row = item % each / args.num_heads;
+  tile.b = first_row + tile.row;
+  tile.past = args.past_lens[tile.b];
+  tile.fresh = args.seq_lens[tile.b];
+  tile.num_keys = min(tile.past + tile.fresh, args.capacity);
+  return tile;
+}
+
+/// This thread's warpgroup; the compiler sees that it is the same for a warp.
+__device__ inline int warpgroup() {
+  return __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x / 128), 0);
+}
+
+/// The item of this thread block's turn: turns go back and forth.
+__device__ inline int snake(int turn) {
+  const int block = turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  return turn * gridDim.x + block;
+}
+
+/// Offset of 8 columns of a row in a tile of panels.
+__device__ inline int panel_offset(int row, int column, int panel_bytes) {
+  return column / 64 * panel_bytes + row * 128 + ((column % 64 / 8) ^ (row % 8)) * 16;
+}
+
+/// Copies one tile of keys and values by a warpgroup: a thread has 8 columns of every 16th row.
+template <int kKeyDim, int kValueDim, typename T>
+__device__ inline void copy_keys(const LatentArgs<T>& args, const PrefillTile& tile, int key,
+                                 const T* expanded, unsigned char* stage) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  const int head_width = args.nope_dim + kValueDim;
+  const int width = args.num_heads * head_width;
+  const int row = threadIdx.x % 128 / 8, piece = threadIdx.x % 8;
+  const int num_rows = tile.num_keys - key;
+  const T* source = expanded + (static_cast<std::int64_t>(tile.row) * args.capacity + key) * width +
+                    tile.head * head_width;
+  const T* rope =
+      args.rope + (static_cast<std::int64_t>(tile.b) * args.capacity + key) * args.rope_dim;
+  std::uint32_t to = shared_address(stage) + panel_offset(row, 8 * piece, 0);
+#pragma unroll
+  for (int panel = 0; panel < Sizes::kKeyPanels + Sizes::kValuePanels; ++panel) {
+    int column = 64 * panel + 8 * piece, stride = width;
+    const T* from = source + column;
+    if (panel >= Sizes::kKeyPanels) {
+      from += args.nope_dim - 64 * Sizes::kKeyPanels;
+    } else if (column >= kKeyDim) {
+      to += Sizes::kPanelBytes;
+      continue;
+    } else if (column >= args.nope_dim) {
+      from = rope + column - args.nope_dim;
+      stride = args.rope_dim;
+    }
+    from += static_cast<std::int64_t>(row) * stride;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool exists = 16 * i + row < num_rows;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + i * 2048),
+                   "l"(exists ? from : expanded), "r"(exists ? 16 : 0));
+      from += 16 * stride;
+    }
+    to += Sizes::kPanelBytes;
+  }
+}
+
+/// 64 queries, their last columns rotated, by a warpgroup.
+template <int kKeyDim, int kQueries, typename T>
+__device__ inline void copy_queries(const LatentArgs<T>& args, const PrefillTile& tile, int row0,
+                                    const float2* angles, unsigned char* to) {
+  const int half = args.rope_dim / 2, nope = args.nope_dim / 8, pieces = nope + half / 8;
+  for (int i = threadIdx.x % 128; i < 64 * pieces; i += 128) {
+    const int row = row0 + i / pieces, piece = i % pieces;
+    const bool exists = tile.first + row < tile.fresh;
+    const std::int64_t token = static_cast<std::int64_t>(tile.b) * args.length + tile.first + row;
+    const T* from = args.qkv + token * args.width + tile.head * kKeyDim;
+    uint4 words{}, second{};
+    if (piece < nope) {
+      if (exists) words = *reinterpret_cast<const uint4*>(from + 8 * piece);
+      *reinterpret_cast<uint4*>(to + panel_offset(row, 8 * piece, kQueries * 128)) = words;
+      continue;
+    }
+    const int pair = 8 * (piece - nope), column = args.nope_dim + pair;
+    if (exists) {
+      T x[2][8], out[2][8];
+      *reinterpret_cast<uint4*>(x[0]) = *reinterpret_cast<const uint4*>(from + column);
+      *reinterpret_cast<uint4*>(x[1]) = *reinterpret_cast<const uint4*>(from + column + half);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 angle = angles[token * half + pair + j];
+        const T both[2] = {x[0][j], x[1][j]};
+        T turned[2];
+        rotate_pair(both, turned, 1, 0, angle.x, angle.y);
+        out[0][j] = turned[0], out[1][j] = turned[1];
+      }
+      words = *reinterpret_cast<const uint4*>(out[0]);
+      second = *reinterpret_cast<const uint4*>(out[1]);
+    }
+    *reinterpret_cast<uint4*>(to + panel_offset(row, column, kQueries * 128)) = words;
+    *reinterpret_cast<uint4*>(to + panel_offset(row, column + half, kQueries * 128)) = second;
+  }
+}
+
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Largest scores so far of a lane's two rows, and what becomes of sums relative to those before.
+__device__ inline void raise_most(const float (&scores)[64], float factor, float (&most)[2],
+                                  float (&keep)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest[4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float pair = fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]);
+      largest[i % 4] = i < 4 ? pair : fmaxf(largest[i % 4], pair);
+    }
+    float now = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    now = fmaxf(now, __shfl_xor_sync(0xffffffffU, now, 1));
+    now = fmaxf(now, __shfl_xor_sync(0xffffffffU, now, 2));
+    now = fmaxf(now, most[r]);
+    keep[r] = power_of_2((most[r] - now) * factor);
+    most[r] = now;
+  }
+}
+
+/// Weights of 128 keys, as operands of 16 keys each, and their sums.
+template <typename T>
+__device__ inline void exponentials(const float (&scores)[64], float factor, const float (&most)[2],
+                                    const float (&keep)[2], float (&total)[2],
+                                    std::uint32_t (&weights)[8][4]) {
+  const float offset[2] = {most[0] * factor, most[1] * factor};
+  float sums[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    // Words 0 .. 3 of 16 keys: rows g and g + 8 of the first 8, then of the others.
+    const int r = i % 2;
+    const float low = power_of_2(fmaf(scores[2 * i], factor, -offset[r]));
+    const float high = power_of_2(fmaf(scores[2 * i + 1], factor, -offset[r]));
+    sums[r][0] += low;
+    sums[r][1] += high;
+    weights[i / 4][i % 4] = pack2<T>(low, high);
+  }
+  for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], keep[r], sums[r][0] + sums[r][1]);
+}
+
+/// Scores of a warpgroup's queries with one tile of keys, issued.
+template <int kKeyDim, int kValueDim, typename T>
+__device__ inline void issue_scores(float (&scores)[64], std::uint32_t queries,
+                                    std::uint32_t keys) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 16; ++k) {
+    const int panel = k / 4, step = k % 4 * 2;
+    wgmma_keys(scores, wgmma_operand(queries + panel * Sizes::kQueries * 128) + step,
+               wgmma_operand(keys + panel * Sizes::kPanelBytes) + step, k > 0, T{});
+  }
+  wgmma_commit();
+}
+
+}  // namespace detail
+
+/// A warpgroup's part of latent_prefill_wgmma(): 64 queries of each tile.
+template <int kKeyDim, int kValueDim, typename T>
+__device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row, int rows,
+                                       int num_items, const float2* angles, unsigned char* memory) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  constexpr int kPanels = Sizes::kValuePanels;
+  const int group = detail::warpgroup() - 1, warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const std::uint32_t base = detail::shared_address(memory);
+  const std::uint32_t full = base + Sizes::kBarriers, empty = full + 8 * Sizes::kStages;
+  const std::uint32_t queries = base + group * 64 * 128, stages = base + Sizes::kQueryBytes;
+  const float factor = args.softmax_scale * 1.4426950408889634F;
+  int used = 0;  // stages so far
+  const auto wait_full = [&](int i) {
+    detail::barrier_wait(full + 8 * (i % Sizes::kStages), i / Sizes::kStages % 2);
+  };
+  const auto release = [&](int i) {
+    if (lane == 0) detail::barrier_arrive(empty + 8 * (i % Sizes::kStages));
+  };
+  const auto stage = [&](int i) { return stages + i % Sizes::kStages * Sizes::kStageBytes; };
+
+  for (int turn = 0; turn * gridDim.x < num_items; ++turn) {
+    const int item = detail::snake(turn);
+    if (item >= num_items) continue;
+    const auto tile = detail::prefill_tile<Sizes::kQueries>(args, first_row, rows, item);
+    const int all_tiles = tile.key_tiles(tile.first + Sizes::kQueries, Sizes::kKeys);
+    const int first = tile.first + 64 * group;
+    const int num_tiles = first < tile.fresh ? tile.key_tiles(first + 64, Sizes::kKeys) : 0;
+    float acc[kPanels][32] = {}, total[2] = {}, most[2] = {-INFINITY, -INFINITY};
+    if (num_tiles > 0) {
+      detail::named_sync(1 + group, 128);  // the queries before have been multiplied
+      detail::copy_queries<kKeyDim, Sizes::kQueries>(args, tile, 64 * group, angles, memory);
+      detail::fence_for_wgmma();
+      detail::named_sync(1 + group, 128);
+      float scores[64];
+      std::uint32_t weights[8][4];
+      wait_full(used);
+      detail::issue_scores<kKeyDim, kValueDim, T>(scores, queries, stage(used));
+      detail::wgmma_wait<0>();
+      detail::hold_registers(scores);
+      const int query = first + warp * 16 + g;  // and + 8
+      const auto weigh = [&](int j) {
+        const int key = j * Sizes::kKeys;
+        if (key + Sizes::kKeys > tile.past + first + 1 || key + Sizes::kKeys > tile.num_keys) {
+#pragma unroll
+          for (int i = 0; i < 64; ++i) {
+            const int at = key + i / 4 * 8 + 2 * t + i % 2;
+            if (at > tile.past + query + i % 4 / 2 * 8 || at >= tile.num_keys) {
+              scores[i] = -INFINITY;
+            }
+          }
+        }
+        float keep[2];
+        detail::raise_most(scores, factor, most, keep);
+        detail::wgmma_wait<0>();  // the weighted values before
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
+        if (j > 0) release(used + j - 1);
+        if (__any_sync(0xffffffffU, keep[0] != 1.0F || keep[1] != 1.0F)) {
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) acc[panel][i] *= keep[i % 4 / 2];
+          }
+        }
+        detail::exponentials<T>(scores, factor, most, keep, total, weights);
+      };
+      const auto issue_values = [&](int j) {
+        const std::uint32_t values = stage(used + j) + Sizes::kKeyPanels * Sizes::kPanelBytes;
+        detail::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            const std::uint32_t at = values + panel * Sizes::kPanelBytes + k * 2048;
+            detail::wgmma_values(acc[panel], weights[k], detail::wgmma_operand(at), T{});
+          }
+        }
+        detail::wgmma_commit();
+      };
+      for (int j = 0; j + 1 < num_tiles; ++j) {
+        weigh(j);
+        wait_full(used + j + 1);
+        detail::issue_scores<kKeyDim, kValueDim, T>(scores, queries, stage(used + j + 1));
+        issue_values(j);
+        detail::wgmma_wait<1>();  // the next scores
+        detail::hold_registers(scores);
+      }
+      weigh(num_tiles - 1);
+      issue_values(num_tiles - 1);
+      detail::wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
+      release(used + num_tiles - 1);
+    }
+    for (int j = num_tiles; j < all_tiles; ++j) {  // others' queries see more
+      wait_full(used + j);
+      release(used + j);
+    }
+    used += all_tiles;
+
+    T* y = args.y + ((static_cast<std::int64_t>(tile.b) * args.length + first) * args.num_heads +
+                     tile.head) *
+                        kValueDim;
+    const std::int64_t y_stride = static_cast<std::int64_t>(args.num_heads) * kValueDim;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] += __shfl_xor_sync(0xffffffffU, total[r], 1);
+      total[r] += __shfl_xor_sync(0xffffffffU, total[r], 2);
+      const int row = warp * 16 + g + 8 * r;
+      if (first + row >= args.length) continue;
+      const bool valid = first + row < tile.fresh;
+      const bool fits = tile.past + first + row < args.capacity;
+      const float inverse = 1.0F / total[r];
+#pragma unroll
+      for (int i = 0; i < kPanels * 8; ++i) {
+        const float* pair = acc[i / 8] + i % 8 * 4 + 2 * r;
+        const float low = !valid ? 0.0F : fits ? pair[0] * inverse : NAN;
+        const float high = !valid ? 0.0F : fits ? pair[1] * inverse : NAN;
+        *reinterpret_cast<std::uint32_t*>(y + row * y_stride + 8 * i + 2 * t) =
+            detail::pack2<T>(low, high);
+      }
+    }
+  }
+}
+
+/// The copying warpgroup's part of latent_prefill_wgmma().
+template <int kKeyDim, int kValueDim, typename T>
+__device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, int rows,
+                                      int num_items, const T* expanded, unsigned char* memory) {
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  constexpr int kLag = Sizes::kStages - 2;  // tiles in flight when the one before is announced
+  const std::uint32_t full = detail::shared_address(memory) + Sizes::kBarriers;
+  const std::uint32_t empty = full + 8 * Sizes::kStages;
+  const auto announce = [&](int i) {
+    detail::fence_for_wgmma();
+    detail::barrier_arrive(full + 8 * (i % Sizes::kStages));
+  };
+  int used = 0;
+  for (int turn = 0; turn * gridDim.x < num_items; ++turn) {
+    const int item = detail::snake(turn);
+    if (item >= num_items) continue;
+    const auto tile = detail::prefill_tile<Sizes::kQueries>(args, first_row, rows, item);
+    const int num_tiles = tile.key_tiles(tile.first + Sizes::kQueries, Sizes::kKeys);
+    for (int j = 0; j < num_tiles; ++j, ++used) {
+      const int i = used % Sizes::kStages;
+      if (used >= Sizes::kStages) {
+        detail::barrier_wait(empty + 8 * i, (used / Sizes::kStages - 1) % 2);
+      }
+      detail::copy_keys<kKeyDim, kValueDim>(args, tile, j * Sizes::kKeys, expanded,
+                                            memory + Sizes::kQueryBytes + i * Sizes::kStageBytes);
+      detail::commit_copies();
+      if (used >= kLag) {
+        detail::wait_for_copies<kLag>();
+        announce(used - kLag);
+      }
+    }
+  }
+  detail::wait_for_copies<0>();
+  for (int i = max(0, used - kLag); i < used; ++i) announce(i);
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+/// As latent_prefill(), on sm_90a only. Grid: at most one thread block a multiprocessor.
+template <int kKeyDim, int kValueDim, typename T>
+__global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
+    latent_prefill_wgmma(const __grid_constant__ LatentArgs<T> args, int first_row, int rows,
+                         const T* expanded, const float2* angles) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  extern __shared__ __align__(1024) unsigned char prefill_memory[];
+  const std::uint32_t misaligned = detail::shared_address(prefill_memory) % 1024;
+  unsigned char* memory = prefill_memory + (1024 - misaligned) % 1024;
+  const std::uint32_t full = detail::shared_address(memory) + Sizes::kBarriers;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Sizes::kStages; ++i) {
+      detail::barrier_init(full + 8 * i, 128);
+      detail::barrier_init(full + 8 * (Sizes::kStages + i), 4 * Sizes::kGroups);
+    }
+  }
+  __syncthreads();
+  const int tiles = (args.length + Sizes::kQueries - 1) / Sizes::kQueries;
+  const int num_items = tiles * args.num_heads * rows;
+  if (detail::warpgroup() == 0) {
+    detail::give_registers<Sizes::kCopyRegisters>();
+    prefill_copies<kKeyDim, kValueDim>(args, first_row, rows, num_items, expanded, memory);
+  } else {
+    detail::take_registers<Sizes::kRegisters>();
+    prefill_queries<kKeyDim, kValueDim>(args, first_row, rows, num_items, angles, memory);
+  }
+#endif
+}
+
+}  // namespace tinylm::cuda

@@ -1,0 +1,86 @@
+#include "latent_cluster.cuh"
+#include "launch.cuh"
+#include "launch_cluster.cuh"
+
+namespace tinylm::cuda {
+
+bool device_is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+
+namespace {
+
+template <int kRank, int kRope, typename T>
+cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  const int groups = (args.num_heads + kClusterHeads - 1) / kClusterHeads;
+  const int blocks = cluster_blocks(batch * groups, args.capacity,
+                                    multiprocessors * cluster_blocks_each(kRank, kRope));
+  const auto kernel = latent_cluster<kRank, kRope, T>;
+  constexpr int kBytes = ClusterMemory<kRank, kRope>::kBytes;
+  constexpr int kMostBytes = 227 * 1024;  // of a thread block of sm_90
+  static_assert(kBytes <= kMostBytes, "shared memory");
+  if (const auto error = allow_shared_memory(kernel, kBytes)) return error;
+  if (blocks > 8) {
+    const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
+                        static_cast<unsigned>(batch));
+  config.blockDim = dim3(kClusterThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <int kRank, typename T>
+cudaError_t launch_cluster_rank(const LatentArgs<T>& args, std::int64_t batch,
+                                cudaStream_t stream) {
+  if (args.rope_dim == 16) return launch_cluster_of<kRank, 16>(args, batch, stream);
+  if (args.rope_dim == 32) return launch_cluster_of<kRank, 32>(args, batch, stream);
+  if (args.rope_dim == 64) return launch_cluster_of<kRank, 64>(args, batch, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t launch_cluster(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
+  switch (args.rank) {
+    case 64:
+      return launch_cluster_rank<64>(args, batch, stream);
+    case 128:
+      return launch_cluster_rank<128>(args, batch, stream);
+    case 192:
+      return launch_cluster_rank<192>(args, batch, stream);
+    case 256:
+      return launch_cluster_rank<256>(args, batch, stream);
+    case 384:
+      return launch_cluster_rank<384>(args, batch, stream);
+    case 512:
+      return launch_cluster_rank<512>(args, batch, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_cluster(const LatentArgs<__half>&, std::int64_t, cudaStream_t);
+template cudaError_t launch_cluster(const LatentArgs<__nv_bfloat16>&, std::int64_t, cudaStream_t);
+
+}  // namespace tinylm::cuda

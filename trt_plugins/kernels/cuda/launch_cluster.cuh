@@ -1,0 +1,16 @@
+// Whether latent_cluster() runs, and its launch.
+#pragma once
+
+#include "cluster_plan.h"
+#include "latent_append.cuh"
+
+namespace tinylm::cuda {
+
+/// Whether the current device runs what is built for sm_90a.
+bool device_is_hopper();
+
+/// Enqueues a step of one new token a row; cluster_takes() the shape. T is half or bfloat16.
+template <typename T>
+cudaError_t launch_cluster(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream);
+
+}  // namespace tinylm::cuda
