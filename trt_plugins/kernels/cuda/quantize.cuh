@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     values.take(raw, source);
     const std::int64_t next = row + stride;
     if (next < m) Row::load(raw, source, next, thread);
-    const float s = values.template scale<kActivation>(source, reduce);
+    const float s = values.template scale<kActivation>(source, reduce, thread);
     // A thread's vectors are 4 * kGroup columns apart, whole blocks.
     std::uint8_t* first = detail::quantized_word(out, 0, row, 4 * thread, num_blocks);
     const int sum = values.template quantize<kActivation, kRaw>(

@@ -41,6 +41,12 @@ struct Max {
   __device__ std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return max(a, b); }
 };
 
+// Integers have an instruction for it.
+__device__ inline std::uint32_t warp_reduce(std::uint32_t value, Max) {
+  return __reduce_max_sync(0xffffffffU, value);
+}
+__device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xffffffffU, value); }
+
 }  // namespace detail
 
 /// Reductions of one row by kThreads, a whole thread block or a warp. Each of the three has memory
@@ -81,10 +87,11 @@ struct RowReduction {
 };
 
 /// The part of a row that one of kThreads threads holds: 4 * kVectors values.
-template <int kThreads, int kVectors, typename T>
+/// @tparam kKeepsWeights Whether load_weights() keeps the norm's weights; else scale() reads them.
+template <int kThreads, int kVectors, typename T, bool kKeepsWeights = true>
 struct RegisterRow {
   float4 values[kVectors];
-  float4 weights[kVectors];  // of the norm
+  float4 weights[kKeepsWeights ? kVectors : 1];  // of the norm
 
   static constexpr int kMostInputs = 4 * kThreads * kVectors;
 
@@ -92,13 +99,9 @@ struct RegisterRow {
 
   /// The norm's weights, which no kernel writes.
   __device__ void load_weights(const RowSource<T>& source, int thread) {
-    if (source.norm_weight == nullptr) return;
+    if (source.norm_weight == nullptr || !kKeepsWeights) return;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int i = column(thread, v);
-      weights[v] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (i < source.k) weights[v] = load4(source.norm_weight + i);
-    }
+    for (int v = 0; v < kVectors; ++v) weights[v] = norm_weights(source, thread, v);
   }
 
   using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;  // four elements
@@ -138,14 +141,14 @@ struct RegisterRow {
 
   /// Norms and scales to the quantiser's range; returns the multiplier s.
   template <Activation kActivation>
-  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce) {
+  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce, int thread) {
     if (source.norm_weight != nullptr) {
       const double squares = reduce.squares(sum_of_squares());
       const float r = inverse_root(squares / source.k + static_cast<double>(source.eps));
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float4& x = values[v];
-        const float4& w = weights[v];
+        const float4 w = kKeepsWeights ? weights[v] : norm_weights(source, thread, v);
         x = make_float4(x.x * r * w.x, x.y * r * w.y, x.z * r * w.z, x.w * r * w.w);
       }
     }
@@ -205,6 +208,12 @@ struct RegisterRow {
   }
 
  private:
+  __device__ static float4 norm_weights(const RowSource<T>& source, int thread, int vector) {
+    const int i = column(thread, vector);
+    if (i >= source.k) return make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    return load4(source.norm_weight + i);
+  }
+
   __device__ double sum_of_squares() const {
     double sum = 0.0;
     if constexpr (!std::is_same_v<T, float>) {

@@ -1,3 +1,4 @@
+#include "launch_fused.cuh"
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 #include "ternary_gemv_row.cuh"
@@ -80,15 +81,14 @@ cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStrea
 template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
-  if (p.m == 1 && p.k <= RowShape<512, 4, 16>::kMostInputs) {
-    if (p.k <= 1024) return launch_row<RowShape<256, 1, 16>, kActivation>(p, out, stream);
-    if (p.k <= 4096) return launch_row<RowShape<256, 4, 16>, kActivation>(p, out, stream);
-    // GPUs of 8.6 and 8.9 have 99 KiB of shared memory for a thread block.
-    int most = 0;
-    if (const auto error = max_shared_memory(most)) return error;
-    if (most < 160 * 1024) return launch_row<RowShape<512, 4, 8>, kActivation>(p, out, stream);
-    return launch_row<RowShape<512, 4, 16>, kActivation>(p, out, stream);
+  if (p.m == 1) {
+    if (p.k <= 1024) return launch_row<RowShape<256, 1>, kActivation>(p, out, stream);
+    if (p.k <= 4096) return launch_row<RowShape<512, 2>, kActivation>(p, out, stream);
+    if (p.k <= 8192) return launch_row<RowShape<512, 4>, kActivation>(p, out, stream);
   }
+  bool fused = false;
+  const auto error = launch_fused<kActivation>(p, out, fused, stream);
+  if (fused || error != cudaSuccess) return error;
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
   return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}, p.plan}, out, stream);

@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   __shared__ int parts[kGemvWarps][8 * kTiles][16];
   uint4 words[kGemvPrefetch];
   const std::uint8_t* packed = detail::lane_weights(weights);
+  launch_next_kernel();
   detail::prefetch_weights(words, packed, weights.num_blocks);
   wait_for_previous_kernel();
   int acc[kTiles][4] = {};

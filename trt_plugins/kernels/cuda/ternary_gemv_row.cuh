@@ -11,15 +11,15 @@
 namespace tinylm::cuda {
 
 /// Sizes of one variant: a row of up to 4 * kThreads * kVectors inputs.
-template <int kThreads_, int kVectors_, int kSlots_>
+/// Two thread blocks fit on a multiprocessor, so that the next layer's fetches its weights while
+/// this one's is at work.
+template <int kThreads_, int kVectors_>
 struct RowShape {
   static constexpr int kThreads = kThreads_, kVectors = kVectors_;
-  static constexpr int kSlots = kSlots_;  // blocks of weights on their way to a warp
+  static constexpr int kSlots = 8;  // blocks of weights on their way to a warp
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostInputs = 4 * kThreads * kVectors;
-  /// 16 outputs each, of one thread block; each output has a thread in the end. Few slots are for
-  /// GPUs with little shared memory.
-  static constexpr int kMostTiles = kSlots < 16 ? 8 : kThreads / 16;
+  static constexpr int kMostTiles = 8;  // 16 outputs each, of one thread block
 };
 
 struct RowWeights {
@@ -40,7 +40,7 @@ std::int64_t row_shared_bytes(const RowWeights& weights) {
 
 /// Grid: num_tiles / tiles_per_block, rounded up.
 template <typename Shape, Activation kActivation, typename T>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, 2)
     ternary_gemv_row(RowSource<T> source, RowWeights weights, Output<T> out) {
   constexpr int kDigits = num_digits(kActivation), kWarps = Shape::kWarps;
   extern __shared__ __align__(16) std::uint8_t gemv_memory[];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   typename Row::RawRow raw;
   Row::load(raw, source, 0, threadIdx.x);
   row.take(raw, source);
-  const float s = row.template scale<kActivation>(source, reduce);
+  const float s = row.template scale<kActivation>(source, reduce, threadIdx.x);
   // In the order of the B fragments: [digit][block][half][t][4 words].
   const int sum = row.template quantize<kActivation, false>(
       s, threadIdx.x, k_padded, [&](int digit, int vector, std::uint32_t word) {
