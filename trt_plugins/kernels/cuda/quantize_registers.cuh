@@ -49,9 +49,10 @@ __device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xf
 
 }  // namespace detail
 
-/// Reductions of one row by kThreads, a whole thread block or a warp. Each of the three has memory
-/// of its own, so that one barrier is enough: another lies between a read and the next row's write.
-template <int kThreads>
+/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who have
+/// a barrier to themselves then. Each of the three has memory of its own, so that one barrier is
+/// enough: another lies between a read and the next row's write.
+template <int kThreads, bool kSome = false>
 struct RowReduction {
   static constexpr int kWarps = kThreads / 32;
   struct Memory {
@@ -74,14 +75,21 @@ struct RowReduction {
   __device__ int row_sum() const {
     return detail::tree_reduce<kWarps>(memory->sums, detail::Add());
   }
+  __device__ void sync() const {
+    if constexpr (kSome) {
+      asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / kThreads + 1), "n"(kThreads) : "memory");
+    } else {
+      __syncthreads();
+    }
+  }
 
  private:
   template <typename V, typename Combine>
   __device__ V all(V value, V* parts, Combine combine) {
     value = detail::warp_reduce(value, combine);
     if constexpr (kWarps == 1) return value;
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32 % kWarps] = value;
+    sync();
     return detail::tree_reduce<kWarps>(parts, combine);
   }
 };
@@ -140,11 +148,11 @@ struct RegisterRow {
   }
 
   /// Norms and scales to the quantiser's range; returns the multiplier s.
-  template <Activation kActivation>
-  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce, int thread) {
+  template <Activation kActivation, typename Reduction>
+  __device__ float scale(const RowSource<T>& source, Reduction reduce, int thread) {
     if (source.norm_weight != nullptr) {
       const double squares = reduce.squares(sum_of_squares());
-      const float r = inverse_root(squares / source.k + static_cast<double>(source.eps));
+      const float r = inverse_root(squares * source.inverse_k + static_cast<double>(source.eps));
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float4& x = values[v];

@@ -13,13 +13,12 @@ namespace tinylm::cuda {
 #define TINYLM_HOPPER 1
 #endif
 
-/// Describes 8 N rows of 128 bytes to wgmma, each eight of which start at a multiple of 1024 bytes
-/// and `stride` bytes after those before.
-__device__ inline std::uint64_t swizzled_rows(const void* shared, int stride = 1024) {
+/// Describes 8 N rows of 128 bytes to wgmma, which start at a multiple of 1024 bytes.
+__device__ inline std::uint64_t swizzled_rows(const void* shared) {
   constexpr std::uint64_t kSwizzle128 = 1ULL << 62;
+  constexpr std::uint64_t kRowBlockStride = 1024 / 16;
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-  return kSwizzle128 | static_cast<std::uint64_t>(stride / 16) << 32 | 1ULL << 16 |
-         (address & 0x3ffff) >> 4;
+  return kSwizzle128 | kRowBlockStride << 32 | 1ULL << 16 | (address & 0x3ffff) >> 4;
 }
 
 #ifdef TINYLM_HOPPER
