@@ -22,6 +22,13 @@ inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int
 template <Activation kActivation, typename Y>
 cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t stream);
 
+/// Bytes that ternary_gemv reads: every 16 outputs read all activations again, from L2.
+inline std::int64_t gemv_traffic(std::int64_t m, std::int64_t n, std::int64_t k) {
+  return (n + 15) / 16 * m * k;
+}
+inline constexpr std::int64_t kMaxGemvTraffic = 24 << 20;        // against ternary_tile
+inline constexpr std::int64_t kMaxHopperGemvTraffic = 8 << 20;  // against ternary_wgmma
+
 namespace detail {
 
 template <typename Shape, Activation kActivation, typename Y>
@@ -64,9 +71,7 @@ cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t 
   if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
   if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
   if (p.m <= 32) return detail::launch_gemv<4, kActivation>(p, out, stream);
-  // Every 16 outputs read all activations again, from L2.
-  constexpr std::int64_t kMaxGemvTraffic = 24 << 20;
-  if (out.n / 16 * p.m * p.k <= kMaxGemvTraffic) {
+  if (gemv_traffic(p.m, out.n, p.k) <= kMaxGemvTraffic) {
     return detail::launch_gemv<8, kActivation>(p, out, stream);
   }
   const std::int64_t large_blocks = (p.m + 127) / 128 * ((out.n + 127) / 128);

@@ -19,9 +19,13 @@ RowSource<T> row_source(const BitLinearParams& p) {
 
 /// The order of rows that bit_linear()'s kernels take.
 RowLayout layout_of(const BitLinearParams& p) {
+  constexpr std::int64_t kMostGemvHopperRows = 64;
   // fp8 tensor cores are not exact: float32 tensors keep to digits.
   const bool digits = p.activation == Activation::kFp8E4m3 && p.type == DataType::kFloat;
-  return digits ? RowLayout::kFragments : row_layout(p.m);
+  const bool gemv = p.activation == Activation::kInt8 && p.plan == nullptr &&
+                    p.m <= kMostGemvHopperRows &&
+                    gemv_traffic(p.m, p.n, p.k) <= kMaxHopperGemvTraffic;
+  return digits || gemv ? RowLayout::kFragments : row_layout(p.m);
 }
 
 template <Activation kActivation, bool kRaw, typename T>
