@@ -19,7 +19,12 @@ struct WgmmaPrefill {
   static constexpr int kQueries = 64 * kGroups, kKeys = 128;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kRegisters = kGroups == 3 ? 160 : 200;
-  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 112;
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 104;
+  // What the warpgroups take must be there: a thread block gets as many registers a thread as divide
+  // 65536 among its threads, rounded down to 8, and would wait for more for ever.
+  static_assert(kGroups * kRegisters + kCopyRegisters <=
+                    (kGroups + 1) * (65536 / kThreads / 8 * 8),
+                "registers");
   static constexpr int kKeyPanels = (kKeyDim + 63) / 64, kValuePanels = kValueDim / 64;
   static constexpr int kPanelBytes = kKeys * 128;
   static constexpr int kStageBytes = (kKeyPanels + kValuePanels) * kPanelBytes;
@@ -407,6 +412,7 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
     detail::take_registers<Sizes::kRegisters>();
     prefill_queries<kKeyDim, kValueDim>(args, first_row, rows, num_items, angles, memory);
   }
+  __syncthreads();  // racecheck takes a warp that has ended for one that is at every barrier
 #endif
 }
 
