@@ -414,6 +414,7 @@ __global__ void __launch_bounds__(kClusterThreads, kRank <= 256 ? 2 : 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) unsigned char cluster_memory[];
   latent_cluster_row<kRank, kRope, T>(args, cluster_memory);
+  __syncthreads();  // racecheck takes a warp that has ended for one that is at every barrier
 #endif
 }
 
