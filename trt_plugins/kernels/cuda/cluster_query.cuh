@@ -209,12 +209,12 @@ __device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPl
       for (int i = 0; i < 2; ++i) {
         // A = 16 latent dimensions x 16 of the head, B = the query: column 0 has the larger half of
         // each value, column 1 the rest.
-        std::uint32_t b[2] = {};
-        if (first + i < num_blocks && g < 2) {
-          for (int u = 0; u < 2; ++u) {
-            const float2 pair = *reinterpret_cast<const float2*>(q + 16 * (first + i) + 8 * u);
-            b[u] = detail::pack_part(pair.x, pair.y, g == 1);
-          }
+        std::uint32_t b[2];
+        const int block = min(first + i, num_blocks - 1);
+        for (int u = 0; u < 2; ++u) {
+          const float2 pair = *reinterpret_cast<const float2*>(q + 16 * block + 8 * u);
+          b[u] = detail::pack_part(pair.x, pair.y, g == 1);
+          if (g >= 2 || block < first + i) b[u] = 0;  // no branch: loads overlap
         }
         const std::uint32_t even =
             __byte_perm(now.words[i][0], now.words[i][1], 0x4400U + 0x1111U * byte);
@@ -379,10 +379,6 @@ struct FreshToken {
 
 namespace detail {
 
-__device__ inline void prefetch(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 /// Asks L2 for `bytes`, by a thread block.
 __device__ inline void prefetch(const void* p, std::int64_t bytes) {
   for (std::int64_t i = 128 * threadIdx.x; i < bytes; i += 128 * kClusterThreads) {
@@ -392,31 +388,37 @@ __device__ inline void prefetch(const void* p, std::int64_t bytes) {
 
 }  // namespace detail
 
-/// Asks L2 for what this thread block will read: the kernel before may still run.
+/// Asks for what this thread block will read, while the kernel before may still run: small things
+/// first, since others wait for them, and the codes of W_uk into L1, past which the tokens go.
 template <int kRank, int kRope, typename T>
 __device__ inline void prefetch_row(const LatentArgs<T>& args, const ClusterPlace& at) {
+  const int rows = args.nope_dim + args.value_dim, heads = at.heads_here();
+  const int head = at.first_head + at.rank * at.heads_each();
+  const std::int64_t row_bytes = static_cast<std::int64_t>(args.kv_b_blocks()) * 32;
+  const T* qkv = args.qkv + static_cast<std::int64_t>(at.b) * args.width;
+  if (threadIdx.x < 2) detail::prefetch((threadIdx.x == 0 ? args.past_lens : args.seq_lens) + at.b);
+  detail::prefetch(qkv + head * args.qk_dim(), 2LL * heads * args.qk_dim());
+  detail::prefetch(qkv + static_cast<std::int64_t>(args.num_heads) * args.qk_dim(),
+                   2 * (kRank + kRope));
+  for (int i = 0; i < heads; ++i) {
+    const std::int64_t row = static_cast<std::int64_t>(head + i) * rows;
+    const std::uint8_t* codes = args.kv_b + row * row_bytes;
+    for (int byte = 128 * threadIdx.x; byte < args.nope_dim * row_bytes; byte += 128 * kClusterThreads) {
+      std::uint32_t word;
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(codes + byte));
+    }
+    detail::prefetch(codes + args.nope_dim * row_bytes, args.value_dim * row_bytes);
+    if (threadIdx.x < 2) {
+      detail::prefetch(args.kv_b_scale + row + args.nope_dim + threadIdx.x * (args.value_dim - 1));
+    }
+  }
   const std::int64_t first = static_cast<std::int64_t>(at.rank) * kClusterTokens;
   const std::int64_t slot = static_cast<std::int64_t>(at.b) * args.capacity + first;
-  const int count = static_cast<int>(
-      max(std::int64_t{0}, min(std::int64_t{kClusterTokens}, args.capacity - first)));
+  const std::int64_t count =
+      max(std::int64_t{0}, min(std::int64_t{kClusterTokens}, args.capacity - first));
   detail::prefetch(args.latent + slot * kRank, count * kRank);
   detail::prefetch(args.rope + slot * kRope, count * 2 * kRope);
   detail::prefetch(args.scale + slot, count * 4);
-  const int rows = args.nope_dim + args.value_dim;
-  const int head = at.first_head + at.rank * at.heads_each();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(args.kv_b_blocks()) * 32;
-  for (int i = 0; i < at.heads_here(); ++i) {
-    const std::int64_t row = static_cast<std::int64_t>(head + i) * rows + args.nope_dim;
-    detail::prefetch(args.kv_b + row * row_bytes, args.value_dim * row_bytes);
-  }
-  if (threadIdx.x < at.heads_here() * 2) {
-    detail::prefetch(args.kv_b_scale + (head + threadIdx.x / 2) * rows + args.nope_dim +
-                     threadIdx.x % 2 * (args.value_dim - 1));
-  }
-  if (at.rank == 0) {
-    detail::prefetch(args.qkv + static_cast<std::int64_t>(at.b) * args.width, 2LL * args.width);
-    if (threadIdx.x < 2) detail::prefetch((threadIdx.x == 0 ? args.past_lens : args.seq_lens) + at.b);
-  }
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

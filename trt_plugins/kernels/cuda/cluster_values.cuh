@@ -71,6 +71,7 @@ template <int kRank>
 struct ValueCodes {
   static constexpr int kBlocks = (kRank + 127) / 128;
   uint4 blocks[kBlocks];
+  float scale[2];  // of values g and g + 8
 
   template <typename T>
   __device__ void load(const LatentArgs<T>& args, const ClusterPlace& at, int unit) {
@@ -82,6 +83,7 @@ struct ValueCodes {
     for (int i = 0; i < kBlocks; ++i) {
       blocks[i] = load_weights(from + i * kWeightBlockBytes + 16 * at.lane);
     }
+    for (int u = 0; u < 2; ++u) scale[u] = args.kv_b_scale[row + at.lane / 4 + 8 * u];
   }
 };
 
@@ -96,10 +98,6 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
   for (int unit = at.warp; unit < num_units; unit += kClusterWarps) {
     const ValueCodes<kRank> now = codes;
     const int local = unit / tiles, head = at.rank * at.heads_each() + local;
-    const float* scales = args.kv_b_scale +
-                          (at.first_head + head) * (args.nope_dim + args.value_dim) +
-                          args.nope_dim + unit % tiles * 16 + g;
-    const float scale[2] = {scales[0], scales[8]};
     if (unit + kClusterWarps < num_units) codes.load(args, at, unit + kClusterWarps);
     const float* latent = combined + unit / tiles * kRank + 4 * t;
     float acc[2][4] = {};
@@ -112,11 +110,13 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
                                                  : four.w;
       const std::uint32_t odd = even >> 8;
       // Column 0 has the larger half of each latent value, column 1 the rest.
-      std::uint32_t b[2][2] = {};
-      for (int half = 0; half < 2 && g < 2; ++half) {
+      std::uint32_t b[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
         const float4 v = *reinterpret_cast<const float4*>(latent + 32 * word + 16 * half);
         b[half][0] = detail::pack_part(v.x, v.z, g == 1);
         b[half][1] = detail::pack_part(v.y, v.w, g == 1);
+        if (g >= 2) b[half][0] = b[half][1] = 0;  // no branch: loads overlap
       }
       const std::uint32_t low[4] = {detail::code_pair<0>(even), detail::code_pair<1>(even),
                                     detail::code_pair<0>(odd), detail::code_pair<1>(odd)};
@@ -129,7 +129,7 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
     for (int u = 0; u < 2; ++u) {
       const int j = unit % tiles * 16 + g + 8 * u;
       const float sum = acc[0][2 * u] + acc[1][2 * u] + (acc[0][2 * u + 1] + acc[1][2 * u + 1]);
-      y[head * args.value_dim + j] = from_float<T>(sum * ratio[local] * scale[u]);
+      y[head * args.value_dim + j] = from_float<T>(sum * ratio[local] * now.scale[u]);
     }
   }
 }

@@ -120,6 +120,10 @@ __global__ void __launch_bounds__(kAppendThreads)
   wait_for_previous_kernel();
   const int warp = threadIdx.x / 32, half = args.rope_dim / 2;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kWarps;
+  if (first + warp < num_tokens && threadIdx.x % 32 * 64 < args.rank + args.rope_dim) {
+    detail::prefetch(args.qkv + (first + warp) * args.width + args.num_heads * args.qk_dim() +
+                     threadIdx.x % 32 * 64);
+  }
   for (int i = threadIdx.x; i < kWarps * half; i += kAppendThreads) {
     const std::int64_t token = first + i / half;
     if (token >= num_tokens) break;

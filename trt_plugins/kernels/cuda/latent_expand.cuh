@@ -40,8 +40,8 @@ inline int expand_bytes(int rank) {
   return kExpandTokens * (rank + 16 + 12) + kExpandThreads / 32 * 16 * kExpandStride;
 }
 
-/// Grid: tiles of tokens x groups of outputs x batch rows from first_row on. R is a multiple of 32,
-/// H * (nope + Dv) of 8.
+/// Grid: tiles of tokens x groups of outputs, or fewer, x batch rows from first_row on. R is a
+/// multiple of 32, H * (nope + Dv) of 8.
 /// @param expanded T [rows, C, H * (nope + Dv)]; slots that hold no token are left as they are.
 template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, 2)
@@ -55,17 +55,19 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 
   const int n = args.num_heads * (args.nope_dim + args.value_dim);
-  const int k_blocks = args.kv_b_blocks(), block = 2 * (blockIdx.y * (kExpandThreads / 32) + warp);
-  const int last_block = (n + 15) / 16 - 1;
-  const bool works = block <= last_block;
+  const int k_blocks = args.kv_b_blocks(), last_block = (n + 15) / 16 - 1;
   const std::uint8_t* packed[2];
   uint4 next[2] = {};
+  const auto load_first = [&](int block) {
 #pragma unroll
-  for (int u = 0; u < 2; ++u) {
-    packed[u] = args.kv_b + 16 * lane +
-                static_cast<std::int64_t>(min(block + u, last_block)) * k_blocks * kWeightBlockBytes;
-    if (works) next[u] = *reinterpret_cast<const uint4*>(packed[u]);
-  }
+    for (int u = 0; u < 2; ++u) {
+      const std::int64_t at = min(block + u, last_block);
+      packed[u] = args.kv_b + 16 * lane + at * k_blocks * kWeightBlockBytes;
+      next[u] = *reinterpret_cast<const uint4*>(packed[u]);
+    }
+  };
+  int block = 2 * (blockIdx.y * (kExpandThreads / 32) + warp);
+  load_first(block);
   launch_next_kernel();
   wait_for_previous_kernel();
   const int count = min(args.past_lens[b] + args.seq_lens[b], args.capacity) - first;
@@ -101,8 +103,11 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
     }
   }
   __syncthreads();
-  if (!works) return;
-
+  unsigned char* rows = reinterpret_cast<unsigned char*>(sums + kExpandTokens) +
+                        warp * 16 * kExpandStride;
+  T* out = expanded + (static_cast<std::int64_t>(blockIdx.z) * args.capacity + first) * n;
+#pragma unroll 1
+  while (block <= last_block) {
   int acc[kExpandTokens / 16][4][4] = {};
   for (int k = 0; k < k_blocks; ++k) {
     const uint4 four[2] = {next[0], next[1]};
@@ -135,10 +140,9 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
   }
 
   // 16 tokens at a time pass through shared memory: whole sectors reach memory at once.
-  unsigned char* rows = reinterpret_cast<unsigned char*>(sums + kExpandTokens) +
-                        warp * 16 * kExpandStride;
-  T* out = expanded + (static_cast<std::int64_t>(blockIdx.z) * args.capacity + first) * n;
   const int first_column = 16 * block;
+  block += 2 * gridDim.y * (kExpandThreads / 32);
+  load_first(block);
   float2 scale[4];
 #pragma unroll
   for (int u = 0; u < 4; ++u) {
@@ -170,6 +174,7 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
             *reinterpret_cast<const uint4*>(rows + (g + 8 * r) * kExpandStride + 16 * t);
       }
     }
+  }
   }
 }
 

@@ -19,8 +19,8 @@ struct WgmmaPrefill {
   static constexpr int kGroups = kKeyDim <= 96 && kValueDim <= 64 ? 3 : 2;  // of 64 queries
   static constexpr int kQueries = 64 * kGroups, kKeys = 128;
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kRegisters = kGroups == 3 ? 160 : 200;
-  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 104;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 232;
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
   // What the warpgroups take must be there: a thread block gets as many registers a thread as divide
   // 65536 among its threads, rounded down to 8, and would wait for more for ever.
   static_assert(kGroups * kRegisters + kCopyRegisters <=
@@ -191,22 +191,18 @@ __device__ inline void raise_most(const float (&scores)[64], float factor, float
   }
 }
 
-/// Weights of 128 keys, as operands of 16 keys each, and their sums.
-template <typename T>
-__device__ inline void exponentials(const float (&scores)[64], float factor, const float (&most)[2],
-                                    const float (&keep)[2], float (&total)[2],
-                                    std::uint32_t (&weights)[8][4]) {
+/// Scores of 128 keys to weights, and their sums.
+__device__ inline void exponentials(float (&scores)[64], float factor, const float (&most)[2],
+                                    const float (&keep)[2], float (&total)[2]) {
   const float offset[2] = {most[0] * factor, most[1] * factor};
   float sums[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    // Words 0 .. 3 of 16 keys: rows g and g + 8 of the first 8, then of the others.
     const int r = i % 2;
-    const float low = power_of_2(fmaf(scores[2 * i], factor, -offset[r]));
-    const float high = power_of_2(fmaf(scores[2 * i + 1], factor, -offset[r]));
-    sums[r][0] += low;
-    sums[r][1] += high;
-    weights[i / 4][i % 4] = pack2<T>(low, high);
+    scores[2 * i] = power_of_2(fmaf(scores[2 * i], factor, -offset[r]));
+    scores[2 * i + 1] = power_of_2(fmaf(scores[2 * i + 1], factor, -offset[r]));
+    sums[r][0] += scores[2 * i];
+    sums[r][1] += scores[2 * i + 1];
   }
   for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], keep[r], sums[r][0] + sums[r][1]);
 }
@@ -314,6 +310,8 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
         }
         float keep[2];
         detail::raise_most(scores, factor, most, keep);
+        detail::exponentials(scores, factor, most, keep, total);
+        detail::hold_registers(scores);
         detail::wgmma_wait<0>();  // the weighted values before
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
@@ -325,7 +323,11 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
             for (int i = 0; i < 32; ++i) acc[panel][i] *= keep[i % 4 / 2];
           }
         }
-        detail::exponentials<T>(scores, factor, most, keep, total, weights);
+        // Words 0 .. 3 of 16 keys: rows g and g + 8 of the first 8, then of the others.
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          weights[i / 4][i % 4] = detail::pack2<T>(scores[2 * i], scores[2 * i + 1]);
+        }
       };
       const auto issue_values = [&](int j) {
         const std::uint32_t values = stage(used + j) + Sizes::kKeyPanels * Sizes::kPanelBytes;
@@ -411,7 +413,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
     if (item >= num_items) continue;
     const auto tile = detail::prefill_tile<Sizes::kQueries>(args, first_row, rows, item);
     const int num_tiles = tile.key_tiles(tile.first + Sizes::kQueries, Sizes::kKeys);
-    if (num_tiles > 0) {
+    const auto copy_queries = [&] {
       const int i = used_queries % Sizes::kQueryStages, before = used_queries / Sizes::kQueryStages;
       if (before > 0) detail::barrier_wait(queries + 8 * (Sizes::kQueryStages + i), (before - 1) % 2);
       detail::copy_queries<kKeyDim, Sizes::kQueries>(args, tile, angles,
@@ -419,7 +421,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
       detail::fence_for_wgmma();
       detail::barrier_arrive(queries + 8 * i);
       ++used_queries;
-    }
+    };
     for (int j = 0; j < num_tiles; ++j, ++used) {
       const int i = used % Sizes::kStages;
       if (used >= Sizes::kStages) {
@@ -427,6 +429,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
       }
       detail::copy_keys<kKeyDim, kValueDim>(args, tile, j * Sizes::kKeys, expanded,
                                             memory + Sizes::kStage0 + i * Sizes::kStageBytes);
+      if (j == 0) copy_queries();  // these take longer, by way of registers
       // Arrives when this thread's copies so far have come.
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + 8 * i)
                    : "memory");
