@@ -32,10 +32,10 @@ struct ClusterMemory {
   static constexpr int kRatio = kStats + kClusterHeads * 16;                // float [heads]
   static constexpr int kMost = kRatio + kClusterHeads * 4;                  // float [heads][warps]
   static constexpr int kFreshScale = kMost + kClusterHeads * kClusterWarps * 4;  // float
-  static constexpr int kBarriers = kFreshScale + 16;        // of the queries, of the parts
-  static constexpr int kFresh = kBarriers + 16;             // int8 [R]: the new token's latent
-  static constexpr int kFreshRope = kFresh + kRank;         // T [P]: its key
-  static constexpr int kAngles = kFreshRope + 2 * kRope;    // float2 [P / 2]
+  static constexpr int kBarriers = kFreshScale + 16;      // of the queries, of the parts
+  static constexpr int kFresh = kBarriers + 16;           // int8 [R]: the new token's latent
+  static constexpr int kFreshRope = kFresh + kRank;       // T [P]: its key
+  static constexpr int kAngles = kFreshRope + 2 * kRope;  // float2 [P / 2]
   static constexpr int kStage0 = (kAngles + 4 * kRope + 127) / 128 * 128;
   static constexpr int kStageRope = kClusterTokens * kLatentStride;
   static constexpr int kStageScale = kStageRope + kClusterTokens * 2 * kRope;
@@ -403,7 +403,8 @@ __device__ inline void prefetch_row(const LatentArgs<T>& args, const ClusterPlac
   for (int i = 0; i < heads; ++i) {
     const std::int64_t row = static_cast<std::int64_t>(head + i) * rows;
     const std::uint8_t* codes = args.kv_b + row * row_bytes;
-    for (int byte = 128 * threadIdx.x; byte < args.nope_dim * row_bytes; byte += 128 * kClusterThreads) {
+    for (int byte = 128 * threadIdx.x; byte < args.nope_dim * row_bytes;
+         byte += 128 * kClusterThreads) {
       std::uint32_t word;
       asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(codes + byte));
     }

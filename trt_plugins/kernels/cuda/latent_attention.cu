@@ -239,10 +239,10 @@ cudaError_t expand(const LatentAttentionShape& shape, const LatentArgs<T>& args,
     const std::int64_t tiles = (args.capacity + kExpandTokens - 1) / kExpandTokens;
     const std::int64_t groups = (n + kExpandOutputs - 1) / kExpandOutputs;
     // Latents are read once by each thread block: no more of them than run at once.
-    const dim3 grid(static_cast<unsigned>(tiles),
-                    static_cast<unsigned>(
-                        std::clamp<std::int64_t>(kWantedBlocks / (tiles * rows), 1, groups)),
-                    static_cast<unsigned>(rows));
+    const dim3 grid(
+        static_cast<unsigned>(tiles),
+        static_cast<unsigned>(std::clamp<std::int64_t>(kWantedBlocks / (tiles * rows), 1, groups)),
+        static_cast<unsigned>(rows));
     return launch_early(latent_expand<T>, grid, kExpandThreads, bytes, 1, stream, args,
                         static_cast<int>(first_row), expanded);
   }

@@ -304,7 +304,7 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   at.lane = threadIdx.x % 32;
   at.warp = threadIdx.x / 32;
   at.memory = detail::shared_address(memory);
-  const bool attends = at.warp < kClusterWarps, appends = at.warp > kClusterWarps;
+  const bool attends = at.warp<kClusterWarps, appends = at.warp> kClusterWarps;
   const std::uint32_t barriers = at.memory + Memory::kBarriers;
   if (threadIdx.x == kAttendThreads) {
     detail::barrier_init(barriers, 1);

@@ -9,10 +9,10 @@
 namespace tinylm::cuda {
 
 inline constexpr int kExpandThreads = 256;
-inline constexpr int kExpandTokens = 64;                          // of a thread block
+inline constexpr int kExpandTokens = 64;                           // of a thread block
 inline constexpr int kExpandOutputs = 32 * (kExpandThreads / 32);  // of it, 32 a warp
-inline constexpr int kExpandMultiple = 32;                        // of R
-inline constexpr int kExpandStride = 80;                          // of 32 outputs, padded
+inline constexpr int kExpandMultiple = 32;                         // of R
+inline constexpr int kExpandStride = 80;                           // of 32 outputs, padded
 
 namespace detail {
 
@@ -103,78 +103,80 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
     }
   }
   __syncthreads();
-  unsigned char* rows = reinterpret_cast<unsigned char*>(sums + kExpandTokens) +
-                        warp * 16 * kExpandStride;
+  unsigned char* rows =
+      reinterpret_cast<unsigned char*>(sums + kExpandTokens) + warp * 16 * kExpandStride;
   T* out = expanded + (static_cast<std::int64_t>(blockIdx.z) * args.capacity + first) * n;
 #pragma unroll 1
   while (block <= last_block) {
-  int acc[kExpandTokens / 16][4][4] = {};
-  for (int k = 0; k < k_blocks; ++k) {
-    const uint4 four[2] = {next[0], next[1]};
-    if (k + 1 < k_blocks) {
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        next[u] = *reinterpret_cast<const uint4*>(packed[u] + (k + 1) * kWeightBlockBytes);
-      }
-    }
-    const std::uint32_t words[2][4] = {{four[0].x, four[0].y, four[0].z, four[0].w},
-                                       {four[1].x, four[1].y, four[1].z, four[1].w}};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int column = kBlockInputs * k + 32 * w;
-      if (column >= rank) break;
-      std::uint32_t codes[2][4];
-      unpack(words[0][w], codes[0]);
-      unpack(words[1][w], codes[1]);
-#pragma unroll
-      for (int m = 0; m < kExpandTokens / 16; ++m) {
-        std::uint32_t a[4];
-        detail::load_matrices(a, memory + (16 * m + lane % 16) * stride + column + lane / 16 * 16);
+    int acc[kExpandTokens / 16][4][4] = {};
+    for (int k = 0; k < k_blocks; ++k) {
+      const uint4 four[2] = {next[0], next[1]};
+      if (k + 1 < k_blocks) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
-          detail::multiply_latents(acc[m][2 * u], a, codes[u][0], codes[u][2]);
-          detail::multiply_latents(acc[m][2 * u + 1], a, codes[u][1], codes[u][3]);
+          next[u] = *reinterpret_cast<const uint4*>(packed[u] + (k + 1) * kWeightBlockBytes);
+        }
+      }
+      const std::uint32_t words[2][4] = {{four[0].x, four[0].y, four[0].z, four[0].w},
+                                         {four[1].x, four[1].y, four[1].z, four[1].w}};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int column = kBlockInputs * k + 32 * w;
+        if (column >= rank) break;
+        std::uint32_t codes[2][4];
+        unpack(words[0][w], codes[0]);
+        unpack(words[1][w], codes[1]);
+#pragma unroll
+        for (int m = 0; m < kExpandTokens / 16; ++m) {
+          std::uint32_t a[4];
+          detail::load_matrices(a,
+                                memory + (16 * m + lane % 16) * stride + column + lane / 16 * 16);
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            detail::multiply_latents(acc[m][2 * u], a, codes[u][0], codes[u][2]);
+            detail::multiply_latents(acc[m][2 * u + 1], a, codes[u][1], codes[u][3]);
+          }
         }
       }
     }
-  }
 
-  // 16 tokens at a time pass through shared memory: whole sectors reach memory at once.
-  const int first_column = 16 * block;
-  block += 2 * gridDim.y * (kExpandThreads / 32);
-  load_first(block);
-  float2 scale[4];
+    // 16 tokens at a time pass through shared memory: whole sectors reach memory at once.
+    const int first_column = 16 * block;
+    block += 2 * gridDim.y * (kExpandThreads / 32);
+    load_first(block);
+    float2 scale[4];
 #pragma unroll
-  for (int u = 0; u < 4; ++u) {
-    const int column = min(first_column + 8 * u + 2 * t, n - 2);
-    scale[u] = *reinterpret_cast<const float2*>(args.kv_b_scale + column);
-  }
+    for (int u = 0; u < 4; ++u) {
+      const int column = min(first_column + 8 * u + 2 * t, n - 2);
+      scale[u] = *reinterpret_cast<const float2*>(args.kv_b_scale + column);
+    }
 #pragma unroll
-  for (int m = 0; m < kExpandTokens / 16; ++m) {
-    __syncwarp();  // the tokens before have been read
+    for (int m = 0; m < kExpandTokens / 16; ++m) {
+      __syncwarp();  // the tokens before have been read
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * m + g + 8 * r, sum = sums[row];
-      const float s = scales[row], inverse = inverses[row];
+      for (int r = 0; r < 2; ++r) {
+        const int row = 16 * m + g + 8 * r, sum = sums[row];
+        const float s = scales[row], inverse = inverses[row];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const float low = static_cast<float>(acc[m][u][2 * r] - sum) * scale[u].x;
-        const float high = static_cast<float>(acc[m][u][2 * r + 1] - sum) * scale[u].y;
-        *reinterpret_cast<std::uint32_t*>(rows + (g + 8 * r) * kExpandStride + 16 * u + 4 * t) =
-            detail::pack2<T>(detail::quotient(low, s, inverse), detail::quotient(high, s, inverse));
+        for (int u = 0; u < 4; ++u) {
+          const float low = static_cast<float>(acc[m][u][2 * r] - sum) * scale[u].x;
+          const float high = static_cast<float>(acc[m][u][2 * r + 1] - sum) * scale[u].y;
+          *reinterpret_cast<std::uint32_t*>(rows + (g + 8 * r) * kExpandStride + 16 * u + 4 * t) =
+              detail::pack2<T>(detail::quotient(low, s, inverse),
+                               detail::quotient(high, s, inverse));
+        }
+      }
+      __syncwarp();
+      const int column = first_column + 8 * t;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = 16 * m + g + 8 * r;
+        if (row < count && column < n) {
+          *reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * n + column) =
+              *reinterpret_cast<const uint4*>(rows + (g + 8 * r) * kExpandStride + 16 * t);
+        }
       }
     }
-    __syncwarp();
-    const int column = first_column + 8 * t;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * m + g + 8 * r;
-      if (row < count && column < n) {
-        *reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * n + column) =
-            *reinterpret_cast<const uint4*>(rows + (g + 8 * r) * kExpandStride + 16 * t);
-      }
-    }
-  }
   }
 }
 

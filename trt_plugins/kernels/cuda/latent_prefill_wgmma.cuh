@@ -1,6 +1,7 @@
 // latent_prefill() for Hopper: FlashAttention-3's (2407.08608) division of labour. One warpgroup
 // copies queries, keys and values; each of the others has 64 queries, and its scores, weights and
-// output in registers. While one warpgroup takes exponentials, the tensor cores work for the others.
+// output in registers. While one warpgroup takes exponentials, the tensor cores work for the
+// others.
 //
 // Persistent: each thread block takes tiles of queries, the longest first, in an order like a
 // snake's, so that all end together; the next tile's operands are copied during the last one.
@@ -21,10 +22,9 @@ struct WgmmaPrefill {
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232;
   static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 40;
-  // What the warpgroups take must be there: a thread block gets as many registers a thread as divide
-  // 65536 among its threads, rounded down to 8, and would wait for more for ever.
-  static_assert(kGroups * kRegisters + kCopyRegisters <=
-                    (kGroups + 1) * (65536 / kThreads / 8 * 8),
+  // What the warpgroups take must be there: a thread block gets as many registers a thread as
+  // divide 65536 among its threads, rounded down to 8, and would wait for more for ever.
+  static_assert(kGroups * kRegisters + kCopyRegisters <= (kGroups + 1) * (65536 / kThreads / 8 * 8),
                 "registers");
   static constexpr int kKeyPanels = (kKeyDim + 63) / 64, kValuePanels = kValueDim / 64;
   static constexpr int kPanelBytes = kKeys * 128;
@@ -238,8 +238,8 @@ __device__ inline void store_outputs(const float (&acc)[kPanels][32], const floa
       const float* pair = acc[i / 8] + i % 8 * 4 + 2 * r;
       const std::uint32_t word = detail::pack2<T>(fits[r] ? pair[0] * factor[r] : NAN,
                                                   fits[r] ? pair[1] * factor[r] : NAN);
-      *reinterpret_cast<std::uint32_t*>(
-          rows + detail::panel_offset(g + 8 * r, 8 * i, panel_bytes) + 4 * t) = word;
+      *reinterpret_cast<std::uint32_t*>(rows + detail::panel_offset(g + 8 * r, 8 * i, panel_bytes) +
+                                        4 * t) = word;
     }
   }
   __syncwarp();
@@ -247,8 +247,8 @@ __device__ inline void store_outputs(const float (&acc)[kPanels][32], const floa
   for (int i = 0; i < kPanels * 4; ++i) {
     const int piece = lane + 32 * i, row = piece / (8 * kPanels), column = piece % (8 * kPanels);
     if (row >= num_rows) break;
-    *reinterpret_cast<uint4*>(y + row * y_stride + 8 * column) = *reinterpret_cast<const uint4*>(
-        rows + detail::panel_offset(row, 8 * column, panel_bytes));
+    *reinterpret_cast<uint4*>(y + row * y_stride + 8 * column) =
+        *reinterpret_cast<const uint4*>(rows + detail::panel_offset(row, 8 * column, panel_bytes));
   }
 }
 
@@ -415,7 +415,8 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
     const int num_tiles = tile.key_tiles(tile.first + Sizes::kQueries, Sizes::kKeys);
     const auto copy_queries = [&] {
       const int i = used_queries % Sizes::kQueryStages, before = used_queries / Sizes::kQueryStages;
-      if (before > 0) detail::barrier_wait(queries + 8 * (Sizes::kQueryStages + i), (before - 1) % 2);
+      if (before > 0)
+        detail::barrier_wait(queries + 8 * (Sizes::kQueryStages + i), (before - 1) % 2);
       detail::copy_queries<kKeyDim, Sizes::kQueries>(args, tile, angles,
                                                      memory + i * Sizes::kQueryBytes);
       detail::fence_for_wgmma();
