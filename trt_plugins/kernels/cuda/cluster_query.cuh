@@ -124,8 +124,14 @@ struct KeyCodes {
     const int last = args.nope_dim / 16 - 1;
     for (int i = 0; i < 2; ++i) {
       for (int d = 0; d < 2; ++d) {
-        words[i][d] = weight_word(args.kv_b, row_block + min(first + i, last), unit % words_each,
-                                  args.kv_b_blocks(), 4 * (at.lane % 4 * 2 + d) + at.lane / 4 % 4);
+        const int word = unit % words_each, lane = 4 * (at.lane % 4 * 2 + d) + at.lane / 4 % 4;
+        const std::int64_t block =
+            static_cast<std::int64_t>(row_block + min(first + i, last)) * args.kv_b_blocks() +
+            word / 4;
+        // Volatile: it shall not wait for tokens that are asked for later.
+        asm volatile("ld.global.nc.u32 %0, [%1];"
+                     : "=r"(words[i][d])
+                     : "l"(args.kv_b + block * kWeightBlockBytes + 16 * lane + word % 4 * 4));
       }
     }
   }
@@ -185,16 +191,17 @@ struct QueryScaling {
 };
 
 /// W_uk^T q of this thread block's heads: a warp takes a head and 32 latent dimensions at a time.
-/// @param codes Of the warp's first unit.
+/// @param codes Of the warp's first units.
 template <int kRank, int kRope, typename T>
 __device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPlace& at,
-                                      KeyCodes codes, unsigned char* memory) {
+                                      const KeyCodes (&first_codes)[2], unsigned char* memory) {
   using Memory = ClusterMemory<kRank, kRope>;
   constexpr int kWords = kRank / 32;
   const int g = at.lane / 4, t = at.lane % 4, num_blocks = args.nope_dim / 16;
   const std::uint32_t byte = at.lane / 16 * 2;
   const auto* scaled = reinterpret_cast<const float*>(memory + Memory::kWeights);
   const int num_units = at.heads_here() * kWords;
+  KeyCodes codes = first_codes[0];
   for (int unit = at.warp; unit < num_units; unit += kClusterWarps) {
     const float* q = scaled + unit / kWords * args.nope_dim + 2 * t;
     float sums[2][4] = {};
@@ -202,6 +209,8 @@ __device__ inline void absorb_queries(const LatentArgs<T>& args, const ClusterPl
       const KeyCodes now = codes;
       if (first + 2 < num_blocks) {
         codes.load(args, at, unit, kWords, first + 2);
+      } else if (unit == at.warp) {
+        codes = first_codes[1];
       } else if (unit + kClusterWarps < num_units) {
         codes.load(args, at, unit + kClusterWarps, kWords, 0);
       }
@@ -388,8 +397,8 @@ __device__ inline void prefetch(const void* p, std::int64_t bytes) {
 
 }  // namespace detail
 
-/// Asks for what this thread block will read, while the kernel before may still run: small things
-/// first, since others wait for them, and the codes of W_uk into L1, past which the tokens go.
+/// Asks L2 for what this thread block will read, while the kernel before may still run. Not for
+/// tokens where all thread blocks' would come before the small things of the last ones.
 template <int kRank, int kRope, typename T>
 __device__ inline void prefetch_row(const LatentArgs<T>& args, const ClusterPlace& at) {
   const int rows = args.nope_dim + args.value_dim, heads = at.heads_here();
@@ -403,16 +412,13 @@ __device__ inline void prefetch_row(const LatentArgs<T>& args, const ClusterPlac
   for (int i = 0; i < heads; ++i) {
     const std::int64_t row = static_cast<std::int64_t>(head + i) * rows;
     const std::uint8_t* codes = args.kv_b + row * row_bytes;
-    for (int byte = 128 * threadIdx.x; byte < args.nope_dim * row_bytes;
-         byte += 128 * kClusterThreads) {
-      std::uint32_t word;
-      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(codes + byte));
-    }
     detail::prefetch(codes + args.nope_dim * row_bytes, args.value_dim * row_bytes);
     if (threadIdx.x < 2) {
       detail::prefetch(args.kv_b_scale + row + args.nope_dim + threadIdx.x * (args.value_dim - 1));
     }
   }
+  constexpr unsigned kFew = 64;
+  if (gridDim.x * gridDim.y * gridDim.z > kFew) return;
   const std::int64_t first = static_cast<std::int64_t>(at.rank) * kClusterTokens;
   const std::int64_t slot = static_cast<std::int64_t>(at.b) * args.capacity + first;
   const std::int64_t count =

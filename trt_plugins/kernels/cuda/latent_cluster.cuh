@@ -318,20 +318,24 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   detail::cluster_arrive();  // the others' shared memory may be written once all run
 
   // What no kernel writes is loaded, and the rest asked for, before the kernel before has ended.
-  KeyCodes key_codes{};
+  KeyCodes key_codes[2] = {};  // of the warp's first units
   QueryScaling<kRank, kRope, T> scaling{};
   FreshToken<kRank, kRope, T> fresh_token{};
   QueryRotation<kRank, kRope, T> rotation{};
-  const bool has_unit = attends && at.warp < at.heads_here() * (kRank / 32);
   const bool has_head = attends && at.warp < at.heads_here();
-  if (has_unit) key_codes.load(args, at, at.warp, kRank / 32, 0);
+  for (int i = 0; i < 2; ++i) {
+    const int unit = at.warp + i * kClusterWarps;
+    if (attends && unit < at.heads_here() * (kRank / 32)) {
+      key_codes[i].load(args, at, unit, kRank / 32, 0);
+    }
+  }
   if (has_head) scaling.load_scales(args, at);
   if (appends) fresh_token.load_norm(args, at.lane);
   prefetch_row<kRank, kRope>(args, at);
   wait_for_previous_kernel();
   launch_next_kernel();
 
-  // Loads that others wait for come before those of tokens.
+  // Loads that others wait for come, and have arrived, before those of tokens are asked for.
   at.position = args.past_lens[at.b];
   const bool valid = args.seq_lens[at.b] > 0;
   if (has_head) {
@@ -344,16 +348,10 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   const auto stage = [&](int i) {
     return memory + Memory::kStage0 + i % Memory::kStages * Memory::kStageBytes;
   };
-  // The first tile is read before anybody knows how long the row is.
-  if (attends) {
-    detail::copy_tokens<kRank, kRope>(args, at, at.rank * kClusterTokens, args.capacity, stage(0));
-    detail::commit_copies();
-  }
   T* y =
       args.y + (static_cast<std::int64_t>(at.b) * args.num_heads + at.first_head) * args.value_dim;
   if (!valid || at.position < 0 || at.position >= args.capacity) {
     const float fill = valid ? NAN : 0.0F;  // a token that the cache could not take
-    detail::wait_for_copies<0>();
     detail::cluster_wait();
     if (at.rank != 0) return;
     for (int i = threadIdx.x; i < at.num_heads * args.value_dim; i += kClusterThreads) {
@@ -366,9 +364,11 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   const bool owns_fresh = (num_tiles - 1) % at.size == at.rank;
   if (attends) {
     if (has_head) scaling.store(args, at, memory);
-    detail::copy_tokens<kRank, kRope>(args, at, (at.rank + at.size) * kClusterTokens, at.position,
-                                      stage(1));
-    detail::commit_copies();
+    for (int i = 0; i < 2; ++i) {
+      detail::copy_tokens<kRank, kRope>(args, at, (at.rank + i * at.size) * kClusterTokens,
+                                        at.position, stage(i));
+      detail::commit_copies();
+    }
   } else {
     float2 angle{};
     if (at.lane < kRope / 2) {

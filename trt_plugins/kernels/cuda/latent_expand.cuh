@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kExpandThreads, 2)
   };
   int block = 2 * (blockIdx.y * (kExpandThreads / 32) + warp);
   load_first(block);
-  launch_next_kernel();
   wait_for_previous_kernel();
+  launch_next_kernel();  // not earlier: latent_prefill_wgmma() reads angles without a wait
   const int count = min(args.past_lens[b] + args.seq_lens[b], args.capacity) - first;
   if (count <= 0) return;
 

@@ -10,6 +10,7 @@
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "half_wgmma.cuh"
+#include "latent_expand.cuh"
 #include "latent_prefill.cuh"
 
 namespace tinylm::cuda {
@@ -185,24 +186,30 @@ __device__ inline void raise_most(const float (&scores)[64], float factor, float
     float now = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
     now = fmaxf(now, __shfl_xor_sync(0xffffffffU, now, 1));
     now = fmaxf(now, __shfl_xor_sync(0xffffffffU, now, 2));
-    now = fmaxf(now, most[r]);
-    keep[r] = power_of_2((most[r] - now) * factor);
-    most[r] = now;
+    // Not-a-number and the first tile raise it. Weights up to 2^8 do no harm, and rescaling is
+    // rare.
+    const bool stays = (now - most[r]) * factor <= 8.0F;
+    keep[r] = stays ? 1.0F : power_of_2((most[r] - now) * factor);
+    most[r] = stays ? most[r] : now;
   }
 }
 
-/// Scores of 128 keys to weights, and their sums.
-__device__ inline void exponentials(float (&scores)[64], float factor, const float (&most)[2],
-                                    const float (&keep)[2], float (&total)[2]) {
+/// Weights of 128 keys, as operands of 16 keys each, and their sums.
+template <typename T>
+__device__ inline void exponentials(const float (&scores)[64], float factor, const float (&most)[2],
+                                    const float (&keep)[2], float (&total)[2],
+                                    std::uint32_t (&weights)[8][4]) {
   const float offset[2] = {most[0] * factor, most[1] * factor};
   float sums[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
+    // Words 0 .. 3 of 16 keys: rows g and g + 8 of the first 8, then of the others.
     const int r = i % 2;
-    scores[2 * i] = power_of_2(fmaf(scores[2 * i], factor, -offset[r]));
-    scores[2 * i + 1] = power_of_2(fmaf(scores[2 * i + 1], factor, -offset[r]));
-    sums[r][0] += scores[2 * i];
-    sums[r][1] += scores[2 * i + 1];
+    const float low = power_of_2(fmaf(scores[2 * i], factor, -offset[r]));
+    const float high = power_of_2(fmaf(scores[2 * i + 1], factor, -offset[r]));
+    sums[r][0] += low;
+    sums[r][1] += high;
+    weights[i / 4][i % 4] = pack2<T>(low, high);
   }
   for (int r = 0; r < 2; ++r) total[r] = fmaf(total[r], keep[r], sums[r][0] + sums[r][1]);
 }
@@ -212,12 +219,13 @@ template <int kKeyDim, int kValueDim, typename T>
 __device__ inline void issue_scores(float (&scores)[64], std::uint32_t queries,
                                     std::uint32_t keys) {
   using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
+  const std::uint64_t a = wgmma_operand(queries), b = wgmma_operand(keys);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kKeyDim / 16; ++k) {
-    const int panel = k / 4, step = k % 4 * 2;
-    wgmma_keys(scores, wgmma_operand(queries + panel * Sizes::kQueries * 128) + step,
-               wgmma_operand(keys + panel * Sizes::kPanelBytes) + step, k > 0, T{});
+    const int panel = k / 4, step = k % 4 * 2;  // in 16 bytes
+    wgmma_keys(scores, a + panel * Sizes::kQueries * 8 + step,
+               b + panel * Sizes::kPanelBytes / 16 + step, k > 0, T{});
   }
   wgmma_commit();
 }
@@ -310,8 +318,6 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
         }
         float keep[2];
         detail::raise_most(scores, factor, most, keep);
-        detail::exponentials(scores, factor, most, keep, total);
-        detail::hold_registers(scores);
         detail::wgmma_wait<0>();  // the weighted values before
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
@@ -323,21 +329,18 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
             for (int i = 0; i < 32; ++i) acc[panel][i] *= keep[i % 4 / 2];
           }
         }
-        // Words 0 .. 3 of 16 keys: rows g and g + 8 of the first 8, then of the others.
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          weights[i / 4][i % 4] = detail::pack2<T>(scores[2 * i], scores[2 * i + 1]);
-        }
+        detail::exponentials<T>(scores, factor, most, keep, total, weights);
       };
       const auto issue_values = [&](int j) {
-        const std::uint32_t values = stage(used + j) + Sizes::kKeyPanels * Sizes::kPanelBytes;
+        const std::uint64_t values =
+            detail::wgmma_operand(stage(used + j) + Sizes::kKeyPanels * Sizes::kPanelBytes);
         detail::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            const std::uint32_t at = values + panel * Sizes::kPanelBytes + k * 2048;
-            detail::wgmma_values(acc[panel], weights[k], detail::wgmma_operand(at), T{});
+            const int offset = (panel * Sizes::kPanelBytes + k * 2048) / 16;
+            detail::wgmma_values(acc[panel], weights[k], values + offset, T{});
           }
         }
         detail::wgmma_commit();
@@ -413,7 +416,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
     if (item >= num_items) continue;
     const auto tile = detail::prefill_tile<Sizes::kQueries>(args, first_row, rows, item);
     const int num_tiles = tile.key_tiles(tile.first + Sizes::kQueries, Sizes::kKeys);
-    const auto copy_queries = [&] {
+    if (num_tiles > 0) {
       const int i = used_queries % Sizes::kQueryStages, before = used_queries / Sizes::kQueryStages;
       if (before > 0)
         detail::barrier_wait(queries + 8 * (Sizes::kQueryStages + i), (before - 1) % 2);
@@ -422,7 +425,8 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
       detail::fence_for_wgmma();
       detail::barrier_arrive(queries + 8 * i);
       ++used_queries;
-    };
+    }
+    if (turn == 0) wait_for_previous_kernel();  // for what is expanded
     for (int j = 0; j < num_tiles; ++j, ++used) {
       const int i = used % Sizes::kStages;
       if (used >= Sizes::kStages) {
@@ -430,7 +434,6 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
       }
       detail::copy_keys<kKeyDim, kValueDim>(args, tile, j * Sizes::kKeys, expanded,
                                             memory + Sizes::kStage0 + i * Sizes::kStageBytes);
-      if (j == 0) copy_queries();  // these take longer, by way of registers
       // Arrives when this thread's copies so far have come.
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full + 8 * i)
                    : "memory");
@@ -463,8 +466,10 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
       detail::barrier_init(rotated + 8 * Sizes::kQueryStages, 4 * Sizes::kGroups);
     }
   }
+  // latent_expand() lets this begin when latent_append() has ended: angles need no wait. The kernels
+  // that expand other ranks do not.
+  if (args.rank % kExpandMultiple != 0) wait_for_previous_kernel();
   launch_next_kernel();
-  wait_for_previous_kernel();
   __syncthreads();
   const int tiles = (args.length + Sizes::kQueries - 1) / Sizes::kQueries;
   const int num_items = tiles * args.num_heads * rows;
@@ -473,6 +478,7 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
     prefill_copies<kKeyDim, kValueDim>(args, first_row, rows, num_items, expanded, angles, memory);
   } else {
     detail::take_registers<Sizes::kRegisters>();
+    wait_for_previous_kernel();
     prefill_queries<kKeyDim, kValueDim>(args, first_row, rows, num_items, memory);
   }
   __syncthreads();  // racecheck takes a warp that has ended for one that is at every barrier
