@@ -466,8 +466,8 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
       detail::barrier_init(rotated + 8 * Sizes::kQueryStages, 4 * Sizes::kGroups);
     }
   }
-  // latent_expand() lets this begin when latent_append() has ended: angles need no wait. The kernels
-  // that expand other ranks do not.
+  // latent_expand() lets this begin when latent_append() has ended: angles need no wait. The
+  // kernels that expand other ranks do not.
   if (args.rank % kExpandMultiple != 0) wait_for_previous_kernel();
   launch_next_kernel();
   __syncthreads();
