@@ -386,7 +386,7 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   __syncthreads();
   detail::cluster_wait();
   if (!attends) {
-    // Barriers are the whole thread block's: racecheck does not know others.
+    // Barriers are the whole thread block's: racecheck misjudged those of some warps.
     if (appends && owns_fresh) fresh_token.quantize(args, at, slot, memory);
     for (int tile = at.rank; tile < num_tiles; tile += at.size) {
       if (tile == num_tiles - 1) __syncthreads();

@@ -481,7 +481,7 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
     wait_for_previous_kernel();
     prefill_queries<kKeyDim, kValueDim>(args, first_row, rows, num_items, memory);
   }
-  __syncthreads();  // racecheck takes a warp that has ended for one that is at every barrier
+  __syncthreads();  // all end together, for racecheck: others still use barriers of some warps
 #endif
 }
 
