@@ -26,6 +26,10 @@ __device__ inline std::uint32_t shared_address(const void* p) {
 }
 
 namespace detail {
+/// Asks L2 for the 128 bytes at p.
+__device__ inline void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 /// 16 bytes to shared memory, zeros unless they exist.
 __device__ inline void copy_async(void* to, const void* from, bool exists) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));

@@ -10,6 +10,7 @@ namespace tinylm::cuda {
 
 inline constexpr int kClusterHeads = 16;    // of one thread block: the rows of mma.m16n8k16
 inline constexpr int kClusterTokens = 128;  // of one tile: 16 a warp
+inline constexpr int kMinCluster = 2;       // a cluster of one has no remote stores
 inline constexpr int kMaxCluster = 16;      // more than 8 needs the kernel's consent
 
 /// Whether latent_cluster() is built for these widths.
@@ -21,12 +22,12 @@ inline bool cluster_takes(const LatentAttentionShape& s) {
 }
 
 /// Thread blocks of one row and 16 heads, which share its tokens: as many as the GPU takes at once,
-/// a power of two, and no more than the cache has tiles.
+/// a power of two, two at least, and no more than the cache has tiles.
 /// @param rows Batch rows times groups of 16 heads.
 /// @param resident Thread blocks that the GPU holds at once.
 inline int cluster_blocks(std::int64_t rows, std::int64_t capacity, std::int64_t resident) {
   const std::int64_t tiles = (capacity + kClusterTokens - 1) / kClusterTokens;
-  int blocks = 1;
+  int blocks = kMinCluster;
   while (2 * blocks <= kMaxCluster && 2 * blocks * rows <= resident && blocks < tiles) blocks *= 2;
   return blocks;
 }

@@ -41,16 +41,24 @@ __device__ inline void combine_parts(const ClusterPlace& at, const unsigned char
   const auto* parts = reinterpret_cast<const float*>(memory + Memory::kParts);
   const int heads = at.heads_each(), columns = at.heads_here() * kRank;
   for (int i = threadIdx.x; i < columns; i += kAttendThreads) {
-    const int head = i / kRank, column = i % kRank;
-    float most = -INFINITY, sum = 0.0F, total = 0.0F, weights = 0.0F;
-    for (int part = 0; part < at.size; ++part) most = fmaxf(most, stats[part * heads + head].x);
-#pragma unroll 4
-    for (int part = 0; part < at.size; ++part) {
-      const float4 stat = stats[part * heads + head];
-      const float share = detail::weight_of(stat.x, most);
-      total += stat.y * share;
-      weights += stat.z * share;
-      sum += parts[(part * heads + head) * kRank + column] * share;
+    // A warp's columns are of one head; lanes p and p + 16 have part p.
+    const int head = i / kRank, column = i % kRank, part = at.lane % kMaxCluster;
+    float4 stat = make_float4(-INFINITY, 0.0F, 0.0F, 0.0F);
+    if (part < at.size) stat = stats[part * heads + head];
+    float most = stat.x;
+    for (int offset = kMaxCluster / 2; offset > 0; offset /= 2) {
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, offset));
+    }
+    const float share = detail::weight_of(stat.x, most);
+    float total = stat.y * share, weights = stat.z * share, sum = 0.0F;
+    for (int offset = kMaxCluster / 2; offset > 0; offset /= 2) {
+      total += __shfl_xor_sync(0xffffffffU, total, offset);
+      weights += __shfl_xor_sync(0xffffffffU, weights, offset);
+    }
+#pragma unroll
+    for (int p = 0; p < kMaxCluster; ++p) {
+      const float x = p < at.size ? parts[(p * heads + head) * kRank + column] : 0.0F;
+      sum = fmaf(x, __shfl_sync(0xffffffffU, share, p), sum);
     }
     combined[i] = sum / weights;
     if (column == 0) ratio[head] = weights / total;
@@ -63,6 +71,7 @@ template <int kRank>
 struct ValueCodes {
   static constexpr int kBlocks = (kRank + 127) / 128;
   uint4 blocks[kBlocks];
+  float scale[2];  // of values g and g + 8
 
   template <typename T>
   __device__ void load(const LatentArgs<T>& args, const ClusterPlace& at, int unit) {
@@ -74,6 +83,7 @@ struct ValueCodes {
     for (int i = 0; i < kBlocks; ++i) {
       blocks[i] = load_weights(from + i * kWeightBlockBytes + 16 * at.lane);
     }
+    for (int u = 0; u < 2; ++u) scale[u] = args.kv_b_scale[row + at.lane / 4 + 8 * u];
   }
 };
 
@@ -87,6 +97,7 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
   const int num_units = at.heads_here() * tiles;
   for (int unit = at.warp; unit < num_units; unit += kClusterWarps) {
     const ValueCodes<kRank> now = codes;
+    const int local = unit / tiles, head = at.rank * at.heads_each() + local;
     if (unit + kClusterWarps < num_units) codes.load(args, at, unit + kClusterWarps);
     const float* latent = combined + unit / tiles * kRank + 4 * t;
     float acc[2][4] = {};
@@ -99,11 +110,13 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
                                                  : four.w;
       const std::uint32_t odd = even >> 8;
       // Column 0 has the larger half of each latent value, column 1 the rest.
-      std::uint32_t b[2][2] = {};
-      for (int half = 0; half < 2 && g < 2; ++half) {
+      std::uint32_t b[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
         const float4 v = *reinterpret_cast<const float4*>(latent + 32 * word + 16 * half);
         b[half][0] = detail::pack_part(v.x, v.z, g == 1);
         b[half][1] = detail::pack_part(v.y, v.w, g == 1);
+        if (g >= 2) b[half][0] = b[half][1] = 0;  // no branch: loads overlap
       }
       const std::uint32_t low[4] = {detail::code_pair<0>(even), detail::code_pair<1>(even),
                                     detail::code_pair<0>(odd), detail::code_pair<1>(odd)};
@@ -113,13 +126,10 @@ __device__ inline void project_values(const LatentArgs<T>& args, const ClusterPl
       detail::multiply(acc[1], high, b[1][0], b[1][1], __half{});
     }
     if (t != 0) continue;
-    const int local = unit / tiles, head = at.rank * at.heads_each() + local;
-    const float* scale =
-        args.kv_b_scale + (at.first_head + head) * (args.nope_dim + args.value_dim) + args.nope_dim;
     for (int u = 0; u < 2; ++u) {
       const int j = unit % tiles * 16 + g + 8 * u;
       const float sum = acc[0][2 * u] + acc[1][2 * u] + (acc[0][2 * u + 1] + acc[1][2 * u + 1]);
-      y[head * args.value_dim + j] = from_float<T>(sum * ratio[local] * scale[j]);
+      y[head * args.value_dim + j] = from_float<T>(sum * ratio[local] * now.scale[u]);
     }
   }
 }

@@ -1,6 +1,7 @@
 // New tokens into the cache, and queries into the latent space.
 #pragma once
 
+#include "async_copy.cuh"
 #include "fragments.cuh"
 #include "latent_attention.h"
 #include "quantize_row.cuh"
@@ -47,8 +48,9 @@ struct NewToken {
 template <typename T>
 __device__ inline NewToken new_token(const LatentArgs<T>& args, std::int64_t token) {
   NewToken t{};
-  t.b = static_cast<int>(token / args.length);
-  t.i = static_cast<int>(token % args.length);
+  const bool small = token <= 0x7fffffff;  // division of 64 bits is slow
+  t.b = small ? static_cast<int>(token) / args.length : static_cast<int>(token / args.length);
+  t.i = static_cast<int>(token - static_cast<std::int64_t>(t.b) * args.length);
   t.position = args.past_lens[t.b] + t.i;
   t.valid = t.i < args.seq_lens[t.b];
   t.fits = t.position >= 0 && t.position < args.capacity;
@@ -74,42 +76,62 @@ __device__ inline void rotate_pair(const T* x, T* y, int half, int i, float cosi
   y[i + half] = from_wide<T>(second * cosine + first * sine);
 }
 
-/// Norms, quantises and stores the latent and the rotated key of one new token, by a thread block
-/// of kThreads or by a warp.
-/// @param row Shared memory, float [R].
+/// Cosine and sine of pair i of a new token, and that pair of its key, rotated, into the cache.
 /// @param angles float2 [B * S, P / 2] to fill, or nullptr.
-template <int kThreads, typename T>
-__device__ inline void append_token(const LatentArgs<T>& args, std::int64_t token,
-                                    const NewToken& t, float* row, float2* angles) {
-  const int half = args.rope_dim / 2, thread = threadIdx.x % kThreads;
+template <typename T>
+__device__ inline void append_pair(const LatentArgs<T>& args, std::int64_t token, const NewToken& t,
+                                   int i, float2* angles) {
+  const int half = args.rope_dim / 2;
+  float cosine, sine;
+  rotary(args.frequencies, t.position, i, cosine, sine);
+  if (angles != nullptr) angles[token * half + i] = make_float2(cosine, sine);
+  if (!t.valid || !t.fits) return;
   const T* kv = args.qkv + token * args.width + args.num_heads * args.qk_dim();
   const std::int64_t slot = static_cast<std::int64_t>(t.b) * args.capacity + t.position;
-  for (int i = thread; i < half; i += kThreads) {
-    float cosine, sine;
-    rotary(args.frequencies, t.position, i, cosine, sine);
-    if (angles != nullptr) angles[token * half + i] = make_float2(cosine, sine);
-    if (t.valid && t.fits) {
-      rotate_pair(kv + args.rank, args.rope + slot * args.rope_dim, half, i, cosine, sine);
-    }
-  }
+  rotate_pair(kv + args.rank, args.rope + slot * args.rope_dim, half, i, cosine, sine);
+}
+
+/// Norms, quantises and stores the latent of one new token, by a thread block of kThreads or by a
+/// warp.
+/// @param row Shared memory, float [R].
+template <int kThreads, typename T>
+__device__ inline void append_latent(const LatentArgs<T>& args, std::int64_t token,
+                                     const NewToken& t, float* row) {
   if (!t.valid || !t.fits) return;
+  const T* kv = args.qkv + token * args.width + args.num_heads * args.qk_dim();
+  const std::int64_t slot = static_cast<std::int64_t>(t.b) * args.capacity + t.position;
   const RowSource<T> source{kv, args.norm_weight, args.eps, args.rank, false};
   const RowScale scale = quantize_row<kThreads, Activation::kInt8>(
       source, row, args.rank, [&](int, int column, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(args.latent + slot * args.rank + column) = word;
       });
-  if (thread == 0) args.scale[slot] = scale.s;
+  if (threadIdx.x % kThreads == 0) args.scale[slot] = scale.s;
 }
 
-/// Appends one of num_tokens new tokens a warp. Shared memory: float [warps][R].
+/// Appends num_tokens new tokens: a warp quantises one, and a thread block's threads share the
+/// angles of its tokens. Shared memory: float [warps][R].
 template <typename T>
 __global__ void __launch_bounds__(kAppendThreads)
-    latent_append(LatentArgs<T> args, std::int64_t num_tokens, float2* angles) {
+    latent_append(const __grid_constant__ LatentArgs<T> args, std::int64_t num_tokens,
+                  float2* angles) {
   extern __shared__ __align__(16) float row_memory[];
-  const int warp = threadIdx.x / 32;
-  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * (kAppendThreads / 32) + warp;
-  if (token >= num_tokens) return;
-  append_token<32>(args, token, new_token(args, token), row_memory + warp * args.rank, angles);
+  constexpr int kWarps = kAppendThreads / 32;
+  launch_next_kernel();
+  wait_for_previous_kernel();
+  const int warp = threadIdx.x / 32, half = args.rope_dim / 2;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kWarps;
+  if (first + warp < num_tokens && threadIdx.x % 32 * 64 < args.rank + args.rope_dim) {
+    detail::prefetch(args.qkv + (first + warp) * args.width + args.num_heads * args.qk_dim() +
+                     threadIdx.x % 32 * 64);
+  }
+  for (int i = threadIdx.x; i < kWarps * half; i += kAppendThreads) {
+    const std::int64_t token = first + i / half;
+    if (token >= num_tokens) break;
+    append_pair(args, token, new_token(args, token), i % half, angles);
+  }
+  if (first + warp >= num_tokens) return;
+  append_latent<32>(args, first + warp, new_token(args, first + warp),
+                    row_memory + warp * args.rank);
 }
 
 /// Appends new tokens and takes their queries into the latent space: W_uk^T q_nope, then the
@@ -125,7 +147,10 @@ __global__ void __launch_bounds__(kAppendThreads)
   const NewToken t = new_token(args, token);
   const int head = blockIdx.y;
   if (head == args.num_heads) {
-    append_token<kAppendThreads>(args, token, t, reinterpret_cast<float*>(memory), nullptr);
+    for (int i = threadIdx.x; i < args.rope_dim / 2; i += kAppendThreads) {
+      append_pair(args, token, t, i, nullptr);
+    }
+    append_latent<kAppendThreads>(args, token, t, reinterpret_cast<float*>(memory));
     return;
   }
   if (!t.valid) return;

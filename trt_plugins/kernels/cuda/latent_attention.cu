@@ -82,9 +82,10 @@ cudaError_t append(const LatentArgs<T>& args, std::int64_t batch, float2* angles
                    cudaStream_t stream) {
   constexpr std::int64_t kWarps = kAppendThreads / 32;
   const std::int64_t tokens = batch * args.length;
-  latent_append<T><<<static_cast<unsigned>((tokens + kWarps - 1) / kWarps), kAppendThreads,
-                     kWarps * args.rank * sizeof(float), stream>>>(args, tokens, angles);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>((tokens + kWarps - 1) / kWarps));
+  const auto bytes = static_cast<std::int64_t>(kWarps * args.rank * sizeof(float));
+  return launch_early(latent_append<T>, grid, kAppendThreads, bytes, 1, stream, args, tokens,
+                      angles);
 }
 
 /// Calls f(kernel, threads, bytes of shared memory) with what attends over one chunk.
@@ -195,9 +196,8 @@ cudaError_t launch_prefill_wgmma(const LatentArgs<T>& args, std::int64_t first_r
   const std::int64_t items =
       (args.length + Sizes::kQueries - 1) / Sizes::kQueries * args.num_heads * rows;
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors));
-  kernel<<<blocks, Sizes::kThreads, Sizes::kBytes, stream>>>(
-      args, static_cast<int>(first_row), static_cast<int>(rows), expanded, angles);
-  return cudaGetLastError();
+  return launch_early(kernel, dim3(blocks), Sizes::kThreads, Sizes::kBytes, 1, stream, args,
+                      static_cast<int>(first_row), static_cast<int>(rows), expanded, angles);
 }
 
 template <typename T>
@@ -234,14 +234,17 @@ cudaError_t expand(const LatentAttentionShape& shape, const LatentArgs<T>& args,
                    std::int64_t first_row, std::int64_t rows, T* expanded, void* arranged_memory,
                    cudaStream_t stream) {
   const std::int64_t n = shape.kv_b_rows();
-  if (args.rank % kExpandMultiple == 0 && n % 2 == 0) {
+  if (args.rank % kExpandMultiple == 0 && n % 8 == 0) {
     const int bytes = expand_bytes(args.rank);
-    const dim3 grid(static_cast<unsigned>((args.capacity + kExpandTokens - 1) / kExpandTokens),
-                    static_cast<unsigned>((n + 16 * kExpandBlocks - 1) / (16 * kExpandBlocks)),
-                    static_cast<unsigned>(rows));
-    latent_expand<T>
-        <<<grid, kExpandThreads, bytes, stream>>>(args, static_cast<int>(first_row), expanded);
-    return cudaGetLastError();
+    const std::int64_t tiles = (args.capacity + kExpandTokens - 1) / kExpandTokens;
+    const std::int64_t groups = (n + kExpandOutputs - 1) / kExpandOutputs;
+    // Latents are read once by each thread block: no more of them than run at once.
+    const dim3 grid(
+        static_cast<unsigned>(tiles),
+        static_cast<unsigned>(std::clamp<std::int64_t>(kWantedBlocks / (tiles * rows), 1, groups)),
+        static_cast<unsigned>(rows));
+    return launch_early(latent_expand<T>, grid, kExpandThreads, bytes, 1, stream, args,
+                        static_cast<int>(first_row), expanded);
   }
   const std::int64_t m = rows * args.capacity, slot = first_row * args.capacity;
   const QuantizedRows arranged = cut_workspace(arranged_memory, m, args.rank, Activation::kInt8);

@@ -174,7 +174,7 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
     most[r] = fmaxf(most[r], __shfl_xor_sync(0xffffffffU, most[r], 2));
     if (t == 0) warp_most[(g + 8 * r) * kClusterWarps + warp] = most[r];
   }
-  detail::named_sync(kAttendBarrier, kAttendThreads);
+  __syncthreads();
   for (int r = 0; r < 2; ++r) {
     const auto* others = reinterpret_cast<const float4*>(warp_most + (g + 8 * r) * kClusterWarps);
     const float4 x = others[0], y = others[1];
@@ -205,7 +205,7 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
   }
   *reinterpret_cast<uint4*>(memory + Memory::kWeights + warp * kFragmentBytes + 16 * lane) =
       make_uint4(p[0], p[1], p[2], p[3]);
-  detail::named_sync(kAttendBarrier, kAttendThreads);
+  __syncthreads();
 
   // Weighted latents. Transposed loads take two bytes, of dimensions 2 n and 2 n + 1, as one.
   const int first_chunk = warp * kChunks;
@@ -273,7 +273,7 @@ __device__ inline void send_sums(const ClusterPlace& at, unsigned char* memory,
                            arrival);
     }
   }
-  detail::named_sync(kAttendBarrier, kAttendThreads);
+  __syncthreads();
   if (at.warp != 0 || t != 0) return;
   for (int r = 0; r < 2; ++r) {
     const int head = g + 8 * r, to = head / at.heads_each();
@@ -304,7 +304,7 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   at.lane = threadIdx.x % 32;
   at.warp = threadIdx.x / 32;
   at.memory = detail::shared_address(memory);
-  const bool attends = at.warp < kClusterWarps;
+  const bool attends = at.warp<kClusterWarps, appends = at.warp> kClusterWarps;
   const std::uint32_t barriers = at.memory + Memory::kBarriers;
   if (threadIdx.x == kAttendThreads) {
     detail::barrier_init(barriers, 1);
@@ -316,21 +316,42 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   }
   __syncwarp();
   detail::cluster_arrive();  // the others' shared memory may be written once all run
+
+  // What no kernel writes is loaded, and the rest asked for, before the kernel before has ended.
+  KeyCodes key_codes[2] = {};  // of the warp's first units
+  QueryScaling<kRank, kRope, T> scaling{};
+  FreshToken<kRank, kRope, T> fresh_token{};
+  QueryRotation<kRank, kRope, T> rotation{};
+  const bool has_head = attends && at.warp < at.heads_here();
+  for (int i = 0; i < 2; ++i) {
+    const int unit = at.warp + i * kClusterWarps;
+    if (attends && unit < at.heads_here() * (kRank / 32)) {
+      key_codes[i].load(args, at, unit, kRank / 32, 0);
+    }
+  }
+  if (has_head) scaling.load_scales(args, at);
+  if (appends) fresh_token.load_norm(args, at.lane);
+  prefetch_row<kRank, kRope>(args, at);
+  wait_for_previous_kernel();
+  launch_next_kernel();
+
+  // Loads that others wait for come, and have arrived, before those of tokens are asked for.
+  at.position = args.past_lens[at.b];
+  const bool valid = args.seq_lens[at.b] > 0;
+  if (has_head) {
+    scaling.load_query(args, at);
+  } else if (appends) {
+    fresh_token.load(args, at);
+  } else if (!attends) {
+    rotation.load_first(args, at);
+  }
   const auto stage = [&](int i) {
     return memory + Memory::kStage0 + i % Memory::kStages * Memory::kStageBytes;
   };
-  // The first tile is read before anybody knows how long the row is.
-  if (attends) {
-    detail::copy_tokens<kRank, kRope>(args, at, at.rank * kClusterTokens, args.capacity, stage(0));
-    detail::commit_copies();
-  }
-  at.position = args.past_lens[at.b];
-  const bool valid = args.seq_lens[at.b] > 0;
   T* y =
       args.y + (static_cast<std::int64_t>(at.b) * args.num_heads + at.first_head) * args.value_dim;
   if (!valid || at.position < 0 || at.position >= args.capacity) {
     const float fill = valid ? NAN : 0.0F;  // a token that the cache could not take
-    detail::wait_for_copies<0>();
     detail::cluster_wait();
     if (at.rank != 0) return;
     for (int i = threadIdx.x; i < at.num_heads * args.value_dim; i += kClusterThreads) {
@@ -339,32 +360,40 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
     return;
   }
   const int visible = at.position + 1, num_tiles = (visible + kClusterTokens - 1) / kClusterTokens;
-  KeyCodes key_codes{};
+  const std::int64_t slot = static_cast<std::int64_t>(at.b) * args.capacity + at.position;
+  const bool owns_fresh = (num_tiles - 1) % at.size == at.rank;
   if (attends) {
-    if (at.warp < at.heads_here() * (kRank / 32)) {
-      key_codes.load(args, at, at.warp, kRank / 32, 0);
+    if (has_head) scaling.store(args, at, memory);
+    for (int i = 0; i < 2; ++i) {
+      detail::copy_tokens<kRank, kRope>(args, at, (at.rank + i * at.size) * kClusterTokens,
+                                        at.position, stage(i));
+      detail::commit_copies();
     }
-    scale_queries<kRank, kRope>(args, at, memory);
-    detail::copy_tokens<kRank, kRope>(args, at, (at.rank + at.size) * kClusterTokens, at.position,
-                                      stage(1));
-    detail::commit_copies();
-  } else if (at.lane < kRope / 2) {
-    float2& angle = reinterpret_cast<float2*>(memory + Memory::kAngles)[at.lane];
-    rotary(args.frequencies, at.position, at.lane, angle.x, angle.y);
+  } else {
+    float2 angle{};
+    if (at.lane < kRope / 2) {
+      rotary(args.frequencies, at.position, at.lane, angle.x, angle.y);
+    }
+    if (!appends) {
+      rotation.store(args, at, angle, memory);
+    } else if (owns_fresh) {
+      fresh_token.rotate(args, at, angle, slot, memory);
+      fresh_token.normalise(args);
+    }
   }
   __syncthreads();
-  if (attends) {
-    absorb_queries<kRank, kRope>(args, at, key_codes, memory);
-  } else {
-    rotate_queries<kRank, kRope>(args, at, memory);
-  }
+  if (attends) absorb_queries<kRank, kRope>(args, at, key_codes, memory);
   __syncthreads();
   detail::cluster_wait();
   if (!attends) {
-    if (at.position / kClusterTokens % at.size != at.rank) return;
-    append_by_warp<kRank, kRope>(args, at, memory);
-    __syncwarp();
-    detail::named_arrive(kFreshBarrier, 64);
+    // Barriers are the whole thread block's: racecheck misjudged those of some warps.
+    if (appends && owns_fresh) fresh_token.quantize(args, at, slot, memory);
+    for (int tile = at.rank; tile < num_tiles; tile += at.size) {
+      if (tile == num_tiles - 1) __syncthreads();
+      for (int i = 0; i < 3; ++i) __syncthreads();
+    }
+    __syncthreads();
+    if (at.heads_here() > 0) __syncthreads();
     return;
   }
   send_queries<kRank, kRope>(at, memory);
@@ -381,27 +410,29 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
     const int first = tile * kClusterTokens, fresh = at.position - first;
     detail::wait_for_copies<1>();
     __syncwarp();
-    if (fresh / 16 == at.warp && fresh < kClusterTokens) {
-      detail::named_sync(kFreshBarrier, 64);
-      detail::insert_fresh<kRank, kRope>(at.lane, fresh, memory, stage(step));
+    if (tile == num_tiles - 1) {
+      __syncthreads();  // the new token has been appended
+      if (fresh / 16 == at.warp) {
+        detail::insert_fresh<kRank, kRope>(at.lane, fresh, memory, stage(step));
+      }
     }
     attend_tile<kRank, kRope>(args, at, visible - first, factor, memory, stage(step), sums);
-    detail::named_sync(kAttendBarrier, kAttendThreads);
+    __syncthreads();
     detail::copy_tokens<kRank, kRope>(args, at, first + 2 * at.size * kClusterTokens, at.position,
                                       stage(step));
     detail::commit_copies();
   }
   detail::wait_for_copies<0>();
+  ValueCodes<kRank> value_codes{};
+  if (at.warp < at.heads_here() * (args.value_dim / 16)) value_codes.load(args, at, at.warp);
   send_sums<kRank, kRope>(at, memory, sums);
   if (at.heads_here() == 0) return;
 
-  ValueCodes<kRank> value_codes{};
-  if (at.warp < at.heads_here() * (args.value_dim / 16)) value_codes.load(args, at, at.warp);
   auto* combined = reinterpret_cast<float*>(memory + Memory::kStage0);
   auto* ratio = reinterpret_cast<float*>(memory + Memory::kRatio);
   detail::barrier_wait(barriers + 8, 0);
   combine_parts<kRank, kRope>(at, memory, combined, ratio);
-  detail::named_sync(kAttendBarrier, kAttendThreads);
+  __syncthreads();
   project_values(args, at, value_codes, combined, ratio, y);
 }
 

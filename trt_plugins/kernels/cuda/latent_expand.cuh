@@ -2,15 +2,17 @@
 // read from the cache as it is. Latents are the A operand of mma.m16n8k32, codes the B operand.
 #pragma once
 
+#include "async_copy.cuh"
 #include "latent_append.cuh"
 #include "latent_prefill.cuh"
 
 namespace tinylm::cuda {
 
 inline constexpr int kExpandThreads = 256;
-inline constexpr int kExpandTokens = 64;    // of a thread block
-inline constexpr int kExpandBlocks = 16;    // of 16 outputs, of a thread block
-inline constexpr int kExpandMultiple = 32;  // of R
+inline constexpr int kExpandTokens = 64;                           // of a thread block
+inline constexpr int kExpandOutputs = 32 * (kExpandThreads / 32);  // of it, 32 a warp
+inline constexpr int kExpandMultiple = 32;                         // of R
+inline constexpr int kExpandStride = 80;                           // of 32 outputs, padded
 
 namespace detail {
 
@@ -24,33 +26,52 @@ __device__ inline void multiply_latents(int (&acc)[4], const std::uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/// x / s, for a result that is rounded again: one step of Newton's method.
+/// x / s, for a result that is rounded again: one step of Newton's method, no branch.
 __device__ inline float quotient(float x, float s, float inverse) {
-  if (s == 0.0F) return x / s;
-  const float y = x * inverse;
-  return fmaf(fmaf(-y, s, x), inverse, y);
+  const float y = x * inverse, better = fmaf(fmaf(-y, s, x), inverse, y);
+  return s == 0.0F ? y : better;
 }
 
 }  // namespace detail
 
 /// Bytes of shared memory: latents, padded so that matrices load without bank conflicts, s,
-/// 1/s and sums.
-inline int expand_bytes(int rank) { return kExpandTokens * (rank + 16 + 12); }
+/// 1/s and sums; 16 tokens' outputs a warp.
+inline int expand_bytes(int rank) {
+  return kExpandTokens * (rank + 16 + 12) + kExpandThreads / 32 * 16 * kExpandStride;
+}
 
-/// Grid: tiles of tokens x groups of outputs x batch rows from first_row on. R is a multiple of 32.
+/// Grid: tiles of tokens x groups of outputs, or fewer, x batch rows from first_row on. R is a
+/// multiple of 32, H * (nope + Dv) of 8.
 /// @param expanded T [rows, C, H * (nope + Dv)]; slots that hold no token are left as they are.
 template <typename T>
-__global__ void __launch_bounds__(kExpandThreads)
+__global__ void __launch_bounds__(kExpandThreads, 2)
     latent_expand(const __grid_constant__ LatentArgs<T> args, int first_row, T* expanded) {
   const int b = first_row + blockIdx.z, first = blockIdx.x * kExpandTokens, rank = args.rank;
-  const int count = min(args.past_lens[b] + args.seq_lens[b], args.capacity) - first;
-  if (count <= 0) return;
   extern __shared__ __align__(16) unsigned char memory[];
   const int stride = rank + 16;
   auto* scales = reinterpret_cast<float*>(memory + kExpandTokens * stride);
   auto* inverses = scales + kExpandTokens;
   auto* sums = reinterpret_cast<int*>(inverses + kExpandTokens);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+
+  const int n = args.num_heads * (args.nope_dim + args.value_dim);
+  const int k_blocks = args.kv_b_blocks(), last_block = (n + 15) / 16 - 1;
+  const std::uint8_t* packed[2];
+  uint4 next[2] = {};
+  const auto load_first = [&](int block) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const std::int64_t at = min(block + u, last_block);
+      packed[u] = args.kv_b + 16 * lane + at * k_blocks * kWeightBlockBytes;
+      next[u] = *reinterpret_cast<const uint4*>(packed[u]);
+    }
+  };
+  int block = 2 * (blockIdx.y * (kExpandThreads / 32) + warp);
+  load_first(block);
+  wait_for_previous_kernel();
+  launch_next_kernel();  // not earlier: latent_prefill_wgmma() reads angles without a wait
+  const int count = min(args.past_lens[b] + args.seq_lens[b], args.capacity) - first;
+  if (count <= 0) return;
 
   const std::int64_t slot = static_cast<std::int64_t>(b) * args.capacity + first;
   const int pieces = rank / 16;
@@ -82,55 +103,77 @@ __global__ void __launch_bounds__(kExpandThreads)
     }
   }
   __syncthreads();
-
-  const int n = args.num_heads * (args.nope_dim + args.value_dim);
-  const int num_outputs = (n + 15) / 16, k_blocks = args.kv_b_blocks();
-  const int end = min(num_outputs, static_cast<int>(blockIdx.y + 1) * kExpandBlocks);
+  unsigned char* rows =
+      reinterpret_cast<unsigned char*>(sums + kExpandTokens) + warp * 16 * kExpandStride;
   T* out = expanded + (static_cast<std::int64_t>(blockIdx.z) * args.capacity + first) * n;
-  for (int block = blockIdx.y * kExpandBlocks + warp; block < end; block += kExpandThreads / 32) {
-    const std::uint8_t* packed =
-        args.kv_b + static_cast<std::int64_t>(block) * k_blocks * kWeightBlockBytes + 16 * lane;
-    int acc[kExpandTokens / 16][2][4] = {};
-    uint4 next = *reinterpret_cast<const uint4*>(packed);
+#pragma unroll 1
+  while (block <= last_block) {
+    int acc[kExpandTokens / 16][4][4] = {};
     for (int k = 0; k < k_blocks; ++k) {
-      const uint4 four = next;
+      const uint4 four[2] = {next[0], next[1]};
       if (k + 1 < k_blocks) {
-        next = *reinterpret_cast<const uint4*>(packed + (k + 1) * kWeightBlockBytes);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          next[u] = *reinterpret_cast<const uint4*>(packed[u] + (k + 1) * kWeightBlockBytes);
+        }
       }
-      const std::uint32_t words[4] = {four.x, four.y, four.z, four.w};
+      const std::uint32_t words[2][4] = {{four[0].x, four[0].y, four[0].z, four[0].w},
+                                         {four[1].x, four[1].y, four[1].z, four[1].w}};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int column = kBlockInputs * k + 32 * w;
         if (column >= rank) break;
-        std::uint32_t codes[4];
-        unpack(words[w], codes);
+        std::uint32_t codes[2][4];
+        unpack(words[0][w], codes[0]);
+        unpack(words[1][w], codes[1]);
 #pragma unroll
         for (int m = 0; m < kExpandTokens / 16; ++m) {
           std::uint32_t a[4];
           detail::load_matrices(a,
                                 memory + (16 * m + lane % 16) * stride + column + lane / 16 * 16);
-          detail::multiply_latents(acc[m][0], a, codes[0], codes[2]);
-          detail::multiply_latents(acc[m][1], a, codes[1], codes[3]);
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            detail::multiply_latents(acc[m][2 * u], a, codes[u][0], codes[u][2]);
+            detail::multiply_latents(acc[m][2 * u + 1], a, codes[u][1], codes[u][3]);
+          }
         }
       }
     }
+
+    // 16 tokens at a time pass through shared memory: whole sectors reach memory at once.
+    const int first_column = 16 * block;
+    block += 2 * gridDim.y * (kExpandThreads / 32);
+    load_first(block);
+    float2 scale[4];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int column = 16 * block + 8 * u + 2 * t;
-      if (column >= n) continue;
-      const float2 scale = *reinterpret_cast<const float2*>(args.kv_b_scale + column);
+    for (int u = 0; u < 4; ++u) {
+      const int column = min(first_column + 8 * u + 2 * t, n - 2);
+      scale[u] = *reinterpret_cast<const float2*>(args.kv_b_scale + column);
+    }
 #pragma unroll
-      for (int m = 0; m < kExpandTokens / 16; ++m) {
-        for (int r = 0; r < 2; ++r) {
-          const int row = 16 * m + g + 8 * r;
-          if (row >= count) continue;
-          const float s = scales[row], inverse = inverses[row];
-          const int sum = sums[row];
-          const float low = static_cast<float>(acc[m][u][2 * r] - sum) * scale.x;
-          const float high = static_cast<float>(acc[m][u][2 * r + 1] - sum) * scale.y;
-          *reinterpret_cast<std::uint32_t*>(out + static_cast<std::int64_t>(row) * n + column) =
+    for (int m = 0; m < kExpandTokens / 16; ++m) {
+      __syncwarp();  // the tokens before have been read
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = 16 * m + g + 8 * r, sum = sums[row];
+        const float s = scales[row], inverse = inverses[row];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+          const float low = static_cast<float>(acc[m][u][2 * r] - sum) * scale[u].x;
+          const float high = static_cast<float>(acc[m][u][2 * r + 1] - sum) * scale[u].y;
+          *reinterpret_cast<std::uint32_t*>(rows + (g + 8 * r) * kExpandStride + 16 * u + 4 * t) =
               detail::pack2<T>(detail::quotient(low, s, inverse),
                                detail::quotient(high, s, inverse));
+        }
+      }
+      __syncwarp();
+      const int column = first_column + 8 * t;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = 16 * m + g + 8 * r;
+        if (row < count && column < n) {
+          *reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * n + column) =
+              *reinterpret_cast<const uint4*>(rows + (g + 8 * r) * kExpandStride + 16 * t);
         }
       }
     }

@@ -36,6 +36,13 @@ __device__ inline std::uint32_t pack2(float low, float high) {
   return word;
 }
 
+template <typename T>
+__device__ inline float2 unpack2(std::uint32_t word) {
+  T values[2];
+  memcpy(values, &word, sizeof(word));
+  return make_float2(to_float(values[0]), to_float(values[1]));
+}
+
 }  // namespace detail
 
 /// Shared memory of latent_prefill(): rows padded by 16 bytes, two stages of keys and values.

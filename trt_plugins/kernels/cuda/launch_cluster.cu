@@ -35,18 +35,9 @@ cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cud
                                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
-                        static_cast<unsigned>(batch));
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
+                  static_cast<unsigned>(batch));
+  return launch_early(kernel, grid, kClusterThreads, kBytes, blocks, stream, args);
 }
 
 template <int kRank, typename T>
