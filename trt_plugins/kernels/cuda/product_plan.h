@@ -8,15 +8,23 @@
 
 namespace tinylm::cuda {
 
+/// What a warpgroup multiplies.
+enum class Tiling : int {
+  kThin,   ///< 64 outputs of a tile of 128, ternary_wgmma.cuh
+  kWide,   ///< 128 outputs of a tile of 256, 128 rows, ternary_square.cuh
+  kTurns,  ///< tiles of its own of 128 outputs, 128 rows, ternary_square.cuh
+};
+
 /// One thread block computes a tile of outputs x rows over a part of K; those of a cluster have the
 /// parts of one tile.
 struct ProductPlan {
   int rows = 128;   ///< of a tile
   int k_parts = 1;  ///< thread blocks that share a tile's K
+  Tiling tiling = Tiling::kThin;
 };
 
 inline bool operator==(const ProductPlan& a, const ProductPlan& b) {
-  return a.rows == b.rows && a.k_parts == b.k_parts;
+  return a.rows == b.rows && a.k_parts == b.k_parts && a.tiling == b.tiling;
 }
 
 /// Outputs of a tile.
@@ -30,6 +38,7 @@ inline constexpr int kMaxParts = 4;
 inline bool valid_plan(const ProductPlan& plan, std::int64_t k) {
   const bool exists =
       std::find(std::begin(kPlanRows), std::end(kPlanRows), plan.rows) != std::end(kPlanRows);
+  if (plan.tiling != Tiling::kThin) return plan.rows == 128 && plan.k_parts == 1;
   return exists && plan.k_parts >= 1 && plan.k_parts <= kMaxParts &&
          plan.k_parts <= (k + 127) / 128;
 }

@@ -81,10 +81,14 @@ struct RowReduction {
 };
 
 /// The part of a row that one of kThreads threads holds: 4 * kVectors values.
-template <int kThreads, int kVectors, typename T>
+/// @tparam kMayGate Whether source.gated is looked at.
+template <int kThreads, int kVectors, typename T, bool kMayGate = true>
 struct RegisterRow {
+  // Many values leave no registers for the norm's weights, which L1 keeps.
+  static constexpr bool kKeepWeights = kVectors < 4;
+
   float4 values[kVectors];
-  float4 weights[kVectors];  // of the norm
+  float4 weights[kKeepWeights ? kVectors : 1];  // of the norm
 
   static constexpr int kMostInputs = 4 * kThreads * kVectors;
 
@@ -92,13 +96,9 @@ struct RegisterRow {
 
   /// The norm's weights, which no kernel writes.
   __device__ void load_weights(const RowSource<T>& source, int thread) {
-    if (source.norm_weight == nullptr) return;
+    if (!kKeepWeights || source.norm_weight == nullptr) return;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int i = column(thread, v);
-      weights[v] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (i < source.k) weights[v] = load4(source.norm_weight + i);
-    }
+    for (int v = 0; v < kVectors; ++v) weights[v] = weight(source, column(thread, v));
   }
 
   using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;  // four elements
@@ -106,20 +106,21 @@ struct RegisterRow {
   /// A row as it lies in memory, gate and up.
   struct RawRow {
     Raw values[kVectors];
-    Raw up[kVectors];
+    Raw up[kMayGate ? kVectors : 1];
   };
 
   __device__ static void load(RawRow& raw, const RowSource<T>& source, std::int64_t row,
                               int thread) {
-    const T* x = source.x + row * source.k * (source.gated ? 2 : 1);
+    const bool gated = kMayGate && source.gated;
+    const T* x = source.x + row * source.k * (gated ? 2 : 1);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int i = column(thread, v);
       raw.values[v] = Raw{};
-      if (source.gated) raw.up[v] = Raw{};
+      if (gated) raw.up[v] = Raw{};
       if (i >= source.k) continue;
       raw.values[v] = *reinterpret_cast<const Raw*>(x + i);
-      if (source.gated) raw.up[v] = *reinterpret_cast<const Raw*>(x + source.k + i);
+      if (gated) raw.up[v] = *reinterpret_cast<const Raw*>(x + source.k + i);
     }
   }
 
@@ -129,7 +130,7 @@ struct RegisterRow {
     for (int v = 0; v < kVectors; ++v) {
       float4& x = values[v];
       x = load4(reinterpret_cast<const T*>(&raw.values[v]));
-      if (!source.gated) continue;
+      if (!kMayGate || !source.gated) continue;
       const float4 up = load4(reinterpret_cast<const T*>(&raw.up[v]));
       x = make_float4(detail::gate<T>(x.x, up.x), detail::gate<T>(x.y, up.y),
                       detail::gate<T>(x.z, up.z), detail::gate<T>(x.w, up.w));
@@ -138,14 +139,16 @@ struct RegisterRow {
 
   /// Norms and scales to the quantiser's range; returns the multiplier s.
   template <Activation kActivation>
-  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce) {
+  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce,
+                         int thread = static_cast<int>(threadIdx.x)) {
     if (source.norm_weight != nullptr) {
       const double squares = reduce.squares(sum_of_squares());
       const float r = inverse_root(squares / source.k + static_cast<double>(source.eps));
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float4& x = values[v];
-        const float4& w = weights[v];
+        const float4 w = kKeepWeights ? weights[kKeepWeights ? v : 0]
+                                      : weight(source, column(thread, v));
         x = make_float4(x.x * r * w.x, x.y * r * w.y, x.z * r * w.z, x.w * r * w.w);
       }
     }
@@ -205,6 +208,11 @@ struct RegisterRow {
   }
 
  private:
+  __device__ static float4 weight(const RowSource<T>& source, int column) {
+    if (column >= source.k) return make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    return load4(source.norm_weight + column);
+  }
+
   __device__ double sum_of_squares() const {
     double sum = 0.0;
     if constexpr (!std::is_same_v<T, float>) {

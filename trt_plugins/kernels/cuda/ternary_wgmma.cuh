@@ -244,7 +244,7 @@ __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& pa
     release((at + Shape::kStages - 1) % Shape::kStages);
 
     RowFactors* factors = memory.rows[turn % 2];
-    if (thread < kRows) factors[thread] = {s, 1.0F / s, kFloatBiasBits - row_sum};
+    if (thread < kRows) factors[thread] = row_factors(s, row_sum);
     asm volatile("bar.sync 1, %0;" ::"n"(kWgmmaConsumers) : "memory");
     const auto store = [&](const auto& sums, int first) {
       constexpr int kChunks = sizeof(sums) / sizeof(Sum) / 8;
