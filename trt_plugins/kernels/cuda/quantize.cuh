@@ -30,7 +30,7 @@ template <int kThreads, int kVectors, int kBlocks, bool kGated, Activation kActi
           typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
-  using Row = RegisterRow<kThreads, kVectors, T, kGated>;
+  using Row = RegisterRow<kThreads, kVectors, T, (kVectors < 4), kGated>;
   __shared__ typename RowReduction<kThreads>::Memory memory;
   launch_next_kernel();
   const int thread = static_cast<int>(threadIdx.x);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     values.take(raw, source);
     const std::int64_t next = row + gridDim.x;
     if (next < m) Row::load(raw, source, next, thread);
-    const float s = values.template scale<kActivation>(source, reduce);
+    const float s = values.template scale<kActivation>(source, reduce, thread);
     // A thread's vectors are 4 * kThreads columns apart, whole blocks.
     std::uint8_t* first = detail::quantized_word(out, 0, row, 4 * thread, num_blocks);
     const int sum = values.template quantize<kActivation, kRaw>(

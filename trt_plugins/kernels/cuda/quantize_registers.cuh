@@ -41,11 +41,18 @@ struct Max {
   __device__ std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return max(a, b); }
 };
 
+// Integers have an instruction for it.
+__device__ inline std::uint32_t warp_reduce(std::uint32_t value, Max) {
+  return __reduce_max_sync(0xffffffffU, value);
+}
+__device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xffffffffU, value); }
+
 }  // namespace detail
 
-/// Reductions of one row by kThreads, a whole thread block or a warp. Each of the three has memory
-/// of its own, so that one barrier is enough: another lies between a read and the next row's write.
-template <int kThreads>
+/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who have
+/// a barrier to themselves then. Each of the three has memory of its own, so that one barrier is
+/// enough: another lies between a read and the next row's write.
+template <int kThreads, bool kSome = false>
 struct RowReduction {
   static constexpr int kWarps = kThreads / 32;
   struct Memory {
@@ -68,27 +75,32 @@ struct RowReduction {
   __device__ int row_sum() const {
     return detail::tree_reduce<kWarps>(memory->sums, detail::Add());
   }
+  __device__ void sync() const {
+    if constexpr (kSome) {
+      asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / kThreads + 1), "n"(kThreads) : "memory");
+    } else {
+      __syncthreads();
+    }
+  }
 
  private:
   template <typename V, typename Combine>
   __device__ V all(V value, V* parts, Combine combine) {
     value = detail::warp_reduce(value, combine);
     if constexpr (kWarps == 1) return value;
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32 % kWarps] = value;
+    sync();
     return detail::tree_reduce<kWarps>(parts, combine);
   }
 };
 
 /// The part of a row that one of kThreads threads holds: 4 * kVectors values.
+/// @tparam kKeepsWeights Whether load_weights() keeps the norm's weights; else scale() reads them.
 /// @tparam kMayGate Whether source.gated is looked at.
-template <int kThreads, int kVectors, typename T, bool kMayGate = true>
+template <int kThreads, int kVectors, typename T, bool kKeepsWeights = true, bool kMayGate = true>
 struct RegisterRow {
-  // Many values leave no registers for the norm's weights, which L1 keeps.
-  static constexpr bool kKeepWeights = kVectors < 4;
-
   float4 values[kVectors];
-  float4 weights[kKeepWeights ? kVectors : 1];  // of the norm
+  float4 weights[kKeepsWeights ? kVectors : 1];  // of the norm
 
   static constexpr int kMostInputs = 4 * kThreads * kVectors;
 
@@ -96,9 +108,9 @@ struct RegisterRow {
 
   /// The norm's weights, which no kernel writes.
   __device__ void load_weights(const RowSource<T>& source, int thread) {
-    if (!kKeepWeights || source.norm_weight == nullptr) return;
+    if (source.norm_weight == nullptr || !kKeepsWeights) return;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) weights[v] = weight(source, column(thread, v));
+    for (int v = 0; v < kVectors; ++v) weights[v] = norm_weights(source, thread, v);
   }
 
   using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;  // four elements
@@ -138,17 +150,15 @@ struct RegisterRow {
   }
 
   /// Norms and scales to the quantiser's range; returns the multiplier s.
-  template <Activation kActivation>
-  __device__ float scale(const RowSource<T>& source, RowReduction<kThreads> reduce,
-                         int thread = static_cast<int>(threadIdx.x)) {
+  template <Activation kActivation, typename Reduction>
+  __device__ float scale(const RowSource<T>& source, Reduction reduce, int thread) {
     if (source.norm_weight != nullptr) {
       const double squares = reduce.squares(sum_of_squares());
-      const float r = inverse_root(squares / source.k + static_cast<double>(source.eps));
+      const float r = inverse_root(squares * source.inverse_k + static_cast<double>(source.eps));
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float4& x = values[v];
-        const float4 w = kKeepWeights ? weights[kKeepWeights ? v : 0]
-                                      : weight(source, column(thread, v));
+        const float4 w = kKeepsWeights ? weights[v] : norm_weights(source, thread, v);
         x = make_float4(x.x * r * w.x, x.y * r * w.y, x.z * r * w.z, x.w * r * w.w);
       }
     }
@@ -208,9 +218,10 @@ struct RegisterRow {
   }
 
  private:
-  __device__ static float4 weight(const RowSource<T>& source, int column) {
-    if (column >= source.k) return make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-    return load4(source.norm_weight + column);
+  __device__ static float4 norm_weights(const RowSource<T>& source, int thread, int vector) {
+    const int i = column(thread, vector);
+    if (i >= source.k) return make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    return load4(source.norm_weight + i);
   }
 
   __device__ double sum_of_squares() const {

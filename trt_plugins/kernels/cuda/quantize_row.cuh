@@ -26,8 +26,9 @@ struct RowSource {
   const T* x;                // [k], or [2k] = gate | up
   const float* norm_weight;  // [k] or nullptr
   float eps;
-  int k;       // a multiple of 4
-  bool gated;  // the row is silu(gate) * up
+  int k;             // a multiple of 4
+  bool gated;        // the row is silu(gate) * up
+  double inverse_k;  // 1 / k
 };
 
 /// What quantise_row() returns to every thread.
@@ -113,7 +114,7 @@ __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, 
   float r = 1.0F;
   if (source.norm_weight != nullptr) {
     squares = detail::block_reduce<kThreads>(squares, [](double a, double b) { return a + b; });
-    r = static_cast<float>(1.0 / sqrt(squares / k + static_cast<double>(source.eps)));
+    r = static_cast<float>(1.0 / sqrt(squares * source.inverse_k + static_cast<double>(source.eps)));
   }
   // As integers, so that not-a-number, whose bits are larger than all others', is the largest.
   std::uint32_t largest = __float_as_uint(1e-5F);

@@ -1,3 +1,4 @@
+#define QV 2
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 #include "ternary_gemv_row.cuh"
@@ -12,7 +13,8 @@ bool valid(const BitLinearParams& p) {
 
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
-  return {static_cast<const T*>(p.x), p.norm_weight, p.eps, static_cast<int>(p.k), p.gated};
+  return {static_cast<const T*>(p.x),  p.norm_weight, p.eps,
+          static_cast<int>(p.k), p.gated,       1.0 / static_cast<double>(p.k)};
 }
 
 /// The order of rows that bit_linear()'s kernels take.
@@ -57,7 +59,7 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
     if (k <= 2048) return launch(QuantizeShape<128, 4, 8>{});
     if (k <= 3072) return launch(QuantizeShape<192, 4, 5>{});
     if (k <= 4096) return launch(QuantizeShape<256, 4, 4>{});
-    if (k <= 8192) return launch(QuantizeShape<512, 4, 2>{});
+    if (k <= 8192) return launch(QuantizeShape<256, 8, 3>{});
 #endif
   }
   if (k <= 1024) return launch(QuantizeShape<256, 1, 4>{});

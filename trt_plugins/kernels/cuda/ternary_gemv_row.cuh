@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   typename Row::RawRow raw;
   Row::load(raw, source, 0, threadIdx.x);
   row.take(raw, source);
-  const float s = row.template scale<kActivation>(source, reduce);
+  const float s = row.template scale<kActivation>(source, reduce, threadIdx.x);
   // In the order of the B fragments: [digit][block][half][t][4 words].
   const int sum = row.template quantize<kActivation, false>(
       s, threadIdx.x, k_padded, [&](int digit, int vector, std::uint32_t word) {

@@ -116,6 +116,54 @@ __device__ inline void copy_square_weights(const WgmmaArgs& args, int num_weight
   });
 }
 
+/// Stores a warpgroup's 128 outputs x 128 rows of two bytes each from shared memory.
+template <typename Y>
+__device__ inline void store_staged(const uint4 (*outputs)[16], std::int64_t first_row,
+                                    int first_column, std::int64_t m, const Output<Y>& out) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, chunk = lane % 16;
+  const int first = 2 * warp + lane / 16;  // of every eighth row
+  const uint4* from = &outputs[first][chunk ^ first];
+  if (out.n % 8 != 0 || first_row + 128 > m || first_column + 128 > out.n) {
+#pragma unroll 1
+    for (int row = 0; row < 128; row += 8) {
+      store_eight(from[16 * row], first_row + first + row, first_column + 8 * chunk, m, out);
+    }
+    return;
+  }
+  // Without branches, so that many loads are on their way.
+  constexpr int kAtOnce = 8;
+  const std::int64_t at = (first_row + first) * out.n + first_column + 8 * chunk;
+  const std::int64_t step = 8 * out.n;
+  Y* to = out.y + at;
+  const Y* residual = out.residual + at;
+#pragma unroll 1
+  for (int row = 0; row < 128; row += 8 * kAtOnce) {
+    uint4 values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = from[16 * (row + 8 * i)];
+    if (out.residual != nullptr) {
+      uint4 added[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        added[i] = *reinterpret_cast<const uint4*>(residual + i * step);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        Y a[8], b[8];
+        memcpy(a, &values[i], 16);
+        memcpy(b, &added[i], 16);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = from_float<Y>(to_float(b[j]) + to_float(a[j]));
+        memcpy(&values[i], a, 16);
+      }
+      residual += kAtOnce * step;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) *reinterpret_cast<uint4*>(to + i * step) = values[i];
+    to += kAtOnce * step;
+  }
+}
+
 /// Stores a warpgroup's 128 outputs x 128 rows. Its threads have met since the factors were
 /// written and the last tile was stored.
 /// @param sync Lets the warpgroup meet.
@@ -130,10 +178,16 @@ __device__ inline void store_square(const WgmmaSum<kActivation> (&acc)[2][64],
     const int in_rows = lane % 8, matrix = lane / 8;
     const std::uint32_t to = shared_address(
         &outputs[8 * (matrix / 2) + in_rows][(2 * warp + matrix % 2) ^ in_rows]);
+    RowFactors next[4];
+    const auto fetch = [&](int rows) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) next[i] = factors[rows + 8 * (i / 2) + 2 * t + i % 2];
+    };
+    fetch(0);
 #pragma unroll
     for (int rows = 0; rows < 128; rows += 16) {
-      const RowFactors row[4] = {factors[rows + 2 * t], factors[rows + 2 * t + 1],
-                                 factors[rows + 8 + 2 * t], factors[rows + 8 + 2 * t + 1]};
+      const RowFactors row[4] = {next[0], next[1], next[2], next[3]};
+      if (rows + 16 < 128) fetch(rows + 16);
 #pragma unroll
       for (int fragment = 0; fragment < 2; ++fragment) {
         std::uint32_t packed[4];
@@ -152,11 +206,7 @@ __device__ inline void store_square(const WgmmaSum<kActivation> (&acc)[2][64],
       }
     }
     sync();
-#pragma unroll 4
-    for (int row = 2 * warp + lane / 16; row < 128; row += 8) {
-      store_eight(outputs[row][lane % 16 ^ row % 8], first_row + row,
-                  first_column + 8 * (lane % 16), m, out);
-    }
+    store_staged(outputs, first_row, first_column, m, out);
   } else {
 #pragma unroll
     for (int fragment = 0; fragment < 2; ++fragment) {

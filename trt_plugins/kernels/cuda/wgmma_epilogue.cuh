@@ -36,7 +36,7 @@ __device__ inline float wgmma_value(WgmmaSum<kActivation> acc, RowFactors row, f
     // Exact below 2^22 = 128 * 32768, and faster than a conversion.
     sum = __int_as_float(acc + row.bias) - kFloatBias;
   } else {
-    sum = acc * 64.0F;
+    sum = acc * 0.5F;  // of codes as -2, 0, 2
   }
   const float x = sum * weight_scale;
   if constexpr (std::is_same_v<T, float>) return x / row.s;
