@@ -29,7 +29,7 @@ inline bool operator==(const ProductPlan& a, const ProductPlan& b) {
 
 /// Outputs of a tile.
 inline constexpr int kPlanOutputs = 128;
-/// Rows of the tiles that there are kernels for.
+/// Rows of the thin tiles that there are kernels for.
 inline constexpr int kPlanRows[] = {64, 128, 256};
 /// Most thread blocks of a cluster.
 inline constexpr int kMaxParts = 4;
@@ -70,6 +70,23 @@ inline double plan_micros(const ProductPlan& plan, double block_micros, std::int
   return waves * (blocks * block_micros + finish + (plan.k_parts > 1 ? kJoinMicros : 0.0));
 }
 
+/// The same for warpgroups of 128 outputs x 128 rows.
+inline constexpr double kWideBlockMicros = 0.60;
+inline constexpr double kTurnsBlockMicros = 0.31;
+inline constexpr double kSquareFinishMicros = 3.5;
+
+inline double square_micros(Tiling tiling, std::int64_t m, std::int64_t n, std::int64_t k,
+                            int num_sms) {
+  const auto blocks = static_cast<double>(ceil_div(k, 128));
+  const bool turns = tiling == Tiling::kTurns;
+  const auto tiles = static_cast<double>(
+      ceil_div(ceil_div(m, 128) * ceil_div(n, turns ? 128 : 256), num_sms));
+  if (!turns) return tiles * (blocks * kWideBlockMicros + kSquareFinishMicros);
+  // One warpgroup multiplies while the other finishes.
+  const double multiply = blocks * kTurnsBlockMicros, alone = multiply + kSquareFinishMicros;
+  return (tiles - 1) * std::max(multiply, alone / 2) + alone;
+}
+
 }  // namespace detail
 
 /// The plan for m rows, n outputs and k inputs on a GPU of num_sms multiprocessors.
@@ -90,6 +107,13 @@ inline ProductPlan plan_product(std::int64_t m, std::int64_t n, std::int64_t k, 
       }
     }
     ++block_micros;
+  }
+  for (const Tiling tiling : {Tiling::kWide, Tiling::kTurns}) {
+    const double micros = detail::square_micros(tiling, m, n, k, num_sms);
+    if (micros < least) {
+      least = micros;
+      best = {128, 1, tiling};
+    }
   }
   return best;
 }

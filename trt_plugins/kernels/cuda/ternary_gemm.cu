@@ -1,4 +1,3 @@
-#define QV 2
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 #include "ternary_gemv_row.cuh"
@@ -50,17 +49,11 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   };
   // Few rows are the sooner done the more threads each has; many take fewer instructions with few.
   if (p.m >= kManyRows) {
-#if QV == 1
-    if (k <= 1024) return launch(QuantizeShape<64, 4, 12>{});
-    if (k <= 4096) return launch(QuantizeShape<128, 8, 6>{});
-    if (k <= 8192) return launch(QuantizeShape<256, 8, 3>{});
-#else
     if (k <= 1024) return launch(QuantizeShape<64, 4, 16>{});
     if (k <= 2048) return launch(QuantizeShape<128, 4, 8>{});
     if (k <= 3072) return launch(QuantizeShape<192, 4, 5>{});
     if (k <= 4096) return launch(QuantizeShape<256, 4, 4>{});
     if (k <= 8192) return launch(QuantizeShape<256, 8, 3>{});
-#endif
   }
   if (k <= 1024) return launch(QuantizeShape<256, 1, 4>{});
   if (k <= 4096) return launch(QuantizeShape<512, 2, 2>{});
