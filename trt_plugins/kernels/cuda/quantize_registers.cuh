@@ -49,9 +49,9 @@ __device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xf
 
 }  // namespace detail
 
-/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who have
-/// a barrier to themselves then. Each of the three has memory of its own, so that one barrier is
-/// enough: another lies between a read and the next row's write.
+/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who
+/// have a barrier to themselves then. Each of the three has memory of its own, so that one barrier
+/// is enough: another lies between a read and the next row's write.
 template <int kThreads, bool kSome = false>
 struct RowReduction {
   static constexpr int kWarps = kThreads / 32;

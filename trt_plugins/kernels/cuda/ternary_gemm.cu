@@ -12,8 +12,8 @@ bool valid(const BitLinearParams& p) {
 
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
-  return {static_cast<const T*>(p.x),  p.norm_weight, p.eps,
-          static_cast<int>(p.k), p.gated,       1.0 / static_cast<double>(p.k)};
+  return {static_cast<const T*>(p.x), p.norm_weight, p.eps,
+          static_cast<int>(p.k),      p.gated,       1.0 / static_cast<double>(p.k)};
 }
 
 /// The order of rows that bit_linear()'s kernels take.
@@ -41,9 +41,8 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
     using S = decltype(shape);
     const std::int64_t most = static_cast<std::int64_t>(num_sms) * S::kBlocks;
     const auto kernel =
-        p.gated
-            ? quantize_rows<S::kThreads, S::kVectors, S::kBlocks, true, kActivation, kRaw, T>
-            : quantize_rows<S::kThreads, S::kVectors, S::kBlocks, false, kActivation, kRaw, T>;
+        p.gated ? quantize_rows<S::kThreads, S::kVectors, S::kBlocks, true, kActivation, kRaw, T>
+                : quantize_rows<S::kThreads, S::kVectors, S::kBlocks, false, kActivation, kRaw, T>;
     return launch_early(kernel, dim3(static_cast<unsigned>(std::min(p.m, most))), S::kThreads, 0, 1,
                         stream, row_source<T>(p), p.m, num_blocks(p.k), rows);
   };

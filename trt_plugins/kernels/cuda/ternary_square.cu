@@ -42,8 +42,8 @@ template cudaError_t launch_square<Activation::kInt8>(const Product&, Tiling,
                                                       cudaStream_t);
 template cudaError_t launch_square<Activation::kInt8>(const Product&, Tiling, const Output<float>&,
                                                       int, cudaStream_t);
-template cudaError_t launch_square<Activation::kInt8>(const Product&, Tiling,
-                                                      const Output<__half>&, int, cudaStream_t);
+template cudaError_t launch_square<Activation::kInt8>(const Product&, Tiling, const Output<__half>&,
+                                                      int, cudaStream_t);
 template cudaError_t launch_square<Activation::kInt8>(const Product&, Tiling,
                                                       const Output<__nv_bfloat16>&, int,
                                                       cudaStream_t);

@@ -16,7 +16,7 @@ struct SquareShape {
   static constexpr Tiling kTiling = kTiling_;
   static constexpr bool kTurns = kTiling == Tiling::kTurns;
   static constexpr int kRows = 128;
-  static constexpr int kOutputs = kTurns ? 128 : 256;           // of a tile
+  static constexpr int kOutputs = kTurns ? 128 : 256;            // of a tile
   static constexpr int kActivationBytes = kRows * kBlockInputs;  // of a stage
   static constexpr int kWeightRows = kOutputs / 16;              // blocks of weights of a stage
   static constexpr int kStages = kTurns ? 7 : 6;
@@ -100,8 +100,9 @@ __device__ inline void copy_square_weights(const WgmmaArgs& args, int num_weight
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       // What lies beyond the last output is not stored.
-      const int row = min(output_tile * Shape::kWeightRows + i * (Shape::kCopiers / 32) + thread / 32,
-                          num_weight_rows - 1);
+      const int row =
+          min(output_tile * Shape::kWeightRows + i * (Shape::kCopiers / 32) + thread / 32,
+              num_weight_rows - 1);
       from[i] = args.packed + row * row_bytes + thread % 32 * 16;
     }
     fill_stages<Shape>(args, memory, stage, parity, [&](int, int to) {
@@ -176,8 +177,8 @@ __device__ inline void store_square(const WgmmaSum<kActivation> (&acc)[2][64],
   if constexpr (sizeof(Y) == 2) {
     // Matrix 2 j + half goes to rows 8 j ... and outputs 8 half ... of the warp's 16.
     const int in_rows = lane % 8, matrix = lane / 8;
-    const std::uint32_t to = shared_address(
-        &outputs[8 * (matrix / 2) + in_rows][(2 * warp + matrix % 2) ^ in_rows]);
+    const std::uint32_t to =
+        shared_address(&outputs[8 * (matrix / 2) + in_rows][(2 * warp + matrix % 2) ^ in_rows]);
     RowFactors next[4];
     const auto fetch = [&](int rows) {
 #pragma unroll
@@ -197,8 +198,8 @@ __device__ inline void store_square(const WgmmaSum<kActivation> (&acc)[2][64],
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             values[i] = from_float<Y>(
-                wgmma_value<kActivation, Y>(acc[fragment][rows / 2 + 2 * x + i],
-                                            row[x / 2 * 2 + i], weight_scale[fragment][x % 2]));
+                wgmma_value<kActivation, Y>(acc[fragment][rows / 2 + 2 * x + i], row[x / 2 * 2 + i],
+                                            weight_scale[fragment][x % 2]));
           }
           memcpy(&packed[x], values, 4);
         }
@@ -264,8 +265,8 @@ __device__ inline void multiply_squares(const WgmmaArgs& args, const Output<Y>& 
       memory.full[stage].wait(parity);
 #pragma unroll
       for (int fragment = 0; fragment < 2; ++fragment) {
-        words[fragment] = memory.weights[stage][(Shape::kTurns ? 0 : 8 * group) + 4 * fragment +
-                                                warp][lane];
+        words[fragment] =
+            memory.weights[stage][(Shape::kTurns ? 0 : 8 * group) + 4 * fragment + warp][lane];
       }
     };
     // A stage's phase is told from its neighbours only, so that no one may wait for a later one.

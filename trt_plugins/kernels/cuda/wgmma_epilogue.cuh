@@ -45,10 +45,9 @@ __device__ inline float wgmma_value(WgmmaSum<kActivation> acc, RowFactors row, f
 
 /// Four 8 x 8 matrices of two-byte values, transposed; lane 8 i + r has the address of row r of i.
 __device__ inline void store_matrices(std::uint32_t address, const std::uint32_t (&packed)[4]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-      "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-      : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
+               : "memory");
 }
 
 /// Stores eight neighbouring outputs of one row, those that exist.
