@@ -60,6 +60,33 @@ __device__ inline void unpack(std::uint32_t word, std::uint32_t (&a)[4]) {
   for (int i = 0; i < 4; ++i) a[i] = word >> (2 * i) & 0x03030303U;
 }
 
+/// Two A fragments of codes that stay where they are in their bytes, for two accumulators: a mask
+/// each, no shift. `first` has inputs 0 ... 15 and 32 ... 47 of the 64 of two words, `second` the
+/// others. joined_sum() makes up for the places.
+__device__ inline void mask_codes(std::uint32_t word0, std::uint32_t word1,
+                                  std::uint32_t (&first)[4], std::uint32_t (&second)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t word = i < 2 ? word0 : word1;
+    first[i] = word & (i % 2 == 0 ? 0x03030303U : 0x0c0c0c0cU);
+    second[i] = word & (i % 2 == 0 ? 0x30303030U : 0xc0c0c0c0U);
+  }
+}
+
+/// acc[0] += first . B and acc[1] += second . B; b has four words of a row's 64 inputs, 16 each.
+__device__ inline void mma_masked(int (&acc)[2][4], const std::uint32_t (&first)[4],
+                                  const std::uint32_t (&second)[4], uint4 b) {
+  mma(acc[0], first, b.x, b.z);
+  mma(acc[1], second, b.y, b.w);
+}
+
+/// The sum of register i of both: each is a multiple of the place of its codes. No sum of up to
+/// 32768 inputs reaches 2^30.
+__device__ inline int joined_sum(const int (&acc)[2][4], int i) {
+  const int upper = i / 2 * 2;  // outputs 8 ... 15
+  return (acc[0][i] >> upper) + (acc[1][i] >> (4 + upper));
+}
+
 /// Weights are read once: past L1, first to leave L2.
 __device__ inline uint4 load_weights(const std::uint8_t* p) {
   uint4 v;

@@ -1,6 +1,7 @@
 #include "launch_gemm.cuh"
 #include "ternary_gemm.h"
 #include "ternary_gemv_row.cuh"
+#include "ternary_gemv_rows.cuh"
 
 namespace tinylm::cuda {
 namespace {
@@ -75,32 +76,48 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
 
 template <typename Shape, Activation kActivation, typename T>
 cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
-  int device = 0, num_sms = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
   const auto tiles = static_cast<int>((p.n + 15) / 16);
   // One thread block for each multiprocessor, since each quantises the row.
   const int each = std::min((tiles + num_sms - 1) / num_sms, Shape::kMostTiles);
-  const RowWeights weights{p.weight, num_blocks(p.k), tiles, each};
+  const int blocks = num_blocks(p.k);
+  const RowWeights weights{p.weight, blocks, tiles, each,
+                           blocks_per_warp(blocks, each, Shape::kWarps)};
   return launch_early(ternary_gemv_row<Shape, kActivation, T>,
                       dim3(static_cast<unsigned>((tiles + each - 1) / each)), Shape::kThreads,
                       row_shared_bytes<Shape, kActivation>(weights), 1, stream, row_source<T>(p),
                       weights, out);
 }
 
+template <int kVectors, Activation kActivation, typename T>
+cudaError_t launch_rows(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  const auto tiles = static_cast<int>((p.n + 15) / 16);
+  const int each = std::min((tiles + num_sms - 1) / num_sms, kRowsWarps), blocks = num_blocks(p.k);
+  const RowsWeights weights{p.weight, blocks, tiles, each, std::min(kRowsWarps / each, blocks)};
+  return launch_early(ternary_gemv_rows<kVectors, kActivation, T>,
+                      dim3(static_cast<unsigned>((tiles + each - 1) / each)), kRowsThreads,
+                      rows_shared_bytes<kActivation>(blocks), 1, stream, row_source<T>(p),
+                      static_cast<int>(p.m), weights, out);
+}
+
 template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
-  if (p.m == 1 && p.k <= RowShape<512, 4, 16>::kMostInputs) {
-    if (p.k <= 1024) return launch_row<RowShape<256, 1, 16>, kActivation>(p, out, stream);
-    if (p.k <= 4096) return launch_row<RowShape<256, 4, 16>, kActivation>(p, out, stream);
-    // GPUs of 8.6 and 8.9 have 99 KiB of shared memory for a thread block.
-    int most = 0;
-    if (const auto error = max_shared_memory(most)) return error;
-    if (most < 160 * 1024) return launch_row<RowShape<512, 4, 8>, kActivation>(p, out, stream);
-    return launch_row<RowShape<512, 4, 16>, kActivation>(p, out, stream);
+  if (p.m == 1) {
+    if (p.k <= 1024) return launch_row<RowShape<256, 1>, kActivation>(p, out, stream);
+    if (p.k <= 4096) return launch_row<RowShape<512, 2>, kActivation>(p, out, stream);
+    if (p.k <= 8192) return launch_row<RowShape<512, 4>, kActivation>(p, out, stream);
+  }
+  // On Hopper, whose thread blocks have that much shared memory.
+  constexpr std::int64_t kMostBytes = 128 * 1024;
+  if (p.m <= kMostGemvRows && p.k <= 4096 && is_hopper() &&
+      rows_shared_bytes<kActivation>(num_blocks(p.k)) <= kMostBytes) {
+    if (p.k <= 1024) return launch_rows<2, kActivation>(p, out, stream);
+    if (p.k <= 3072) return launch_rows<6, kActivation>(p, out, stream);
+    return launch_rows<8, kActivation>(p, out, stream);
   }
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;

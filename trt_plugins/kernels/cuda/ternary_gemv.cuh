@@ -22,31 +22,29 @@ namespace detail {
 
 /// Adds one block of 128 inputs of kTiles times 8 rows. b(tile, half) gives four words.
 template <int kTiles, typename Load>
-__device__ inline void add_block(int (&acc)[kTiles][4], uint4 weights, Load b) {
-  const std::uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+__device__ inline void add_block(int (&acc)[kTiles][2][4], uint4 weights, Load b) {
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
     std::uint32_t first[4], second[4];
-    unpack(words[2 * half], first);
-    unpack(words[2 * half + 1], second);
+    mask_codes(half == 0 ? weights.x : weights.z, half == 0 ? weights.y : weights.w, first, second);
     uint4 rows[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) rows[tile] = b(tile, half);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], first, rows[tile].x, rows[tile].y);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) mma(acc[tile], second, rows[tile].z, rows[tile].w);
+    for (int tile = 0; tile < kTiles; ++tile) mma_masked(acc[tile], first, second, rows[tile]);
   }
 }
 
-/// Sums the blocks of one warp, digit by digit: acc = acc * 256 + digit's sum (Horner).
+/// Sums the blocks of one warp, digit by digit: sums = sums * 256 + digit's sum (Horner).
 /// load_b(digit, block, tile, half) gives the activations.
 template <int kTiles, int kDigits, typename Load>
-__device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* weights,
+__device__ inline void sum_blocks(int (&sums)[kTiles][4], const std::uint8_t* weights,
                                   int num_blocks, const uint4 (&prefetched)[kGemvPrefetch],
                                   Load load_b) {
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int digit = kDigits - 1; digit >= 0; --digit) {
+    int acc[kTiles][2][4] = {};
 #pragma unroll
     for (int i = 0; i < kGemvPrefetch; ++i) {
       const int block = warp + i * kGemvWarps;
@@ -60,10 +58,10 @@ __device__ inline void sum_blocks(int (&acc)[kTiles][4], const std::uint8_t* wei
       add_block<kTiles>(acc, words,
                         [&](int tile, int half) { return load_b(digit, block, tile, half); });
     }
-    if (digit > 0) {
-      for (int tile = 0; tile < kTiles; ++tile) {
-        for (int& value : acc[tile]) value *= 256;
-      }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[tile][i] = sums[tile][i] * 256 + joined_sum(acc[tile], i);
     }
   }
 }
@@ -104,6 +102,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   __shared__ int parts[kGemvWarps][8 * kTiles][16];
   uint4 words[kGemvPrefetch];
   const std::uint8_t* packed = detail::lane_weights(weights);
+  launch_next_kernel();
   detail::prefetch_weights(words, packed, weights.num_blocks);
   wait_for_previous_kernel();
   int acc[kTiles][4] = {};
