@@ -32,6 +32,7 @@ class Plan(NamedTuple):
 
     rows: int
     k_parts: int = 1
+    tiling: int = 0  # thin, wide, turns
 
 
 class Sizes(ctypes.Structure):

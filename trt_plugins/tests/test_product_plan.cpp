@@ -13,10 +13,16 @@ std::int64_t thread_blocks(const ProductPlan& plan, std::int64_t m, std::int64_t
 }
 
 TEST(ProductPlan, IsTheFastestThatWasMeasured) {
-  EXPECT_EQ(plan_product(2048, 8192, 8192, kH100), (ProductPlan{256, 1}));
-  EXPECT_EQ(plan_product(2048, 4096, 4096, kH100), (ProductPlan{256, 1}));
-  EXPECT_EQ(plan_product(2048, 1024, 1024, kH100), (ProductPlan{128, 1}));
-  EXPECT_EQ(plan_product(256, 8192, 8192, kH100), (ProductPlan{256, 2}));
+  constexpr ProductPlan kWide{128, 1, Tiling::kWide}, kTurns{128, 1, Tiling::kTurns};
+  EXPECT_EQ(plan_product(2048, 8192, 8192, kH100), kWide);
+  EXPECT_EQ(plan_product(2048, 4096, 4096, kH100), kWide);
+  EXPECT_EQ(plan_product(2048, 5632, 1024, kH100), kTurns);
+  EXPECT_EQ(plan_product(2048, 2816, 1024, kH100), kTurns);
+  EXPECT_EQ(plan_product(2048, 1024, 2816, kH100), kTurns);
+  EXPECT_EQ(plan_product(2048, 1024, 1024, kH100), kTurns);
+  EXPECT_EQ(plan_product(512, 8192, 8192, kH100), kWide);
+  EXPECT_EQ(plan_product(256, 8192, 8192, kH100), kTurns);
+  EXPECT_EQ(plan_product(512, 4096, 4096, kH100), kTurns);
   EXPECT_EQ(plan_product(256, 4096, 4096, kH100), (ProductPlan{128, 2}));
   EXPECT_EQ(plan_product(64, 8192, 8192, kH100), (ProductPlan{64, 2}));
   EXPECT_EQ(plan_product(64, 4096, 4096, kH100), (ProductPlan{64, 2}));
@@ -51,6 +57,8 @@ TEST(ProductPlan, RefusesWhatHasNoKernel) {
   EXPECT_FALSE(valid_plan({32, 1}, 1024));
   EXPECT_FALSE(valid_plan({128, 0}, 1024));
   EXPECT_FALSE(valid_plan({128, 2 * kMaxParts}, 8192));
+  EXPECT_FALSE(valid_plan({256, 1, Tiling::kWide}, 1024));
+  EXPECT_FALSE(valid_plan({128, 2, Tiling::kTurns}, 1024));
   EXPECT_FALSE(valid_plan({128, 2}, 128));  // a part would have no inputs
   EXPECT_TRUE(valid_plan({128, 2}, 132));
 }

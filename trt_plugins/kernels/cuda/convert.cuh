@@ -72,4 +72,11 @@ __device__ inline float4 load4(const T* p) {
                      to_float(values[3]));
 }
 
+/// bfloat16 are the upper halves of floats.
+__device__ inline float4 load4(const __nv_bfloat16* p) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(p);
+  return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000U),
+                     __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000U));
+}
+
 }  // namespace tinylm::cuda

@@ -22,6 +22,11 @@ inline cudaError_t launch_arrange(const std::int8_t* q, const float* s, std::int
 template <Activation kActivation, typename Y>
 cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t stream);
 
+/// The same by square tiles of warpgroups (ternary_square.cu).
+template <Activation kActivation, typename Y>
+cudaError_t launch_square(const Product& p, Tiling tiling, const Output<Y>& out, int num_sms,
+                          cudaStream_t stream);
+
 /// Bytes that ternary_gemv reads: every 16 outputs read all activations again, from L2.
 inline std::int64_t gemv_traffic(std::int64_t m, std::int64_t n, std::int64_t k) {
   return (n + 15) / 16 * m * k;

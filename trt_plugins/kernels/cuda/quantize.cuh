@@ -1,4 +1,4 @@
-// Kernels that bring rows into the order of fragments.cuh, one thread block or one warp a row.
+// Kernels that bring rows into the order of fragments.cuh, one thread block a row.
 #pragma once
 
 #include "async_copy.cuh"
@@ -22,22 +22,22 @@ __device__ inline std::uint8_t* quantized_word(const QuantizedRows& out, int dig
 
 }  // namespace detail
 
-/// Gate, norm and quantise, kGroup threads a row; each group walks over the rows. They hold
-/// 4 * kVectors values each, and the norm's weights, and fetch a row while they work on the one
-/// before.
+/// Gate, norm and quantise, a thread block a row; each walks over the rows. Threads hold
+/// 4 * kVectors values each and fetch a row while they work on the one before.
+/// @tparam kBlocks Thread blocks that a multiprocessor has at once.
 /// @tparam kRaw Whether e4m3 values are written as they are, not as digits.
-template <int kThreads, int kGroup, int kVectors, Activation kActivation, bool kRaw, typename T>
-__global__ void __launch_bounds__(kThreads)
+template <int kThreads, int kVectors, int kBlocks, bool kGated, Activation kActivation, bool kRaw,
+          typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     quantize_rows(RowSource<T> source, std::int64_t m, int num_blocks, QuantizedRows out) {
-  using Row = RegisterRow<kGroup, kVectors, T>;
-  __shared__ typename RowReduction<kGroup>::Memory memory[kThreads / kGroup];
+  using Row = RegisterRow<kThreads, kVectors, T, (kVectors < 4), kGated>;
+  __shared__ typename RowReduction<kThreads>::Memory memory;
   launch_next_kernel();
-  const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
-  RowReduction<kGroup> reduce{memory + group};
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * (kThreads / kGroup);
-  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + group;
+  const int thread = static_cast<int>(threadIdx.x);
+  RowReduction<kThreads> reduce{&memory};
+  std::int64_t row = blockIdx.x;
   const std::int64_t vector_bytes =
-      4 * kGroup / kBlockInputs * kActivationBlockBytes *
+      4 * kThreads / kBlockInputs * kActivationBlockBytes *
       static_cast<std::int64_t>(out.layout == RowLayout::kSwizzled ? out.row_blocks : 1);
   Row values;
   values.load_weights(source, thread);
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kThreads)
   if (row < m) Row::load(raw, source, row, thread);
   while (row < m) {
     values.take(raw, source);
-    const std::int64_t next = row + stride;
+    const std::int64_t next = row + gridDim.x;
     if (next < m) Row::load(raw, source, next, thread);
     const float s = values.template scale<kActivation>(source, reduce, thread);
-    // A thread's vectors are 4 * kGroup columns apart, whole blocks.
+    // A thread's vectors are 4 * kThreads columns apart, whole blocks.
     std::uint8_t* first = detail::quantized_word(out, 0, row, 4 * thread, num_blocks);
     const int sum = values.template quantize<kActivation, kRaw>(
         s, thread, num_blocks * kBlockInputs, [&](int digit, int vector, std::uint32_t word) {
@@ -57,11 +57,7 @@ __global__ void __launch_bounds__(kThreads)
                                             vector * vector_bytes) = word;
         });
     reduce.leave_sum(sum);
-    if constexpr (kGroup == 32) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
     if (thread == 0) {
       out.s[row] = s;
       out.sums[row] = reduce.row_sum();

@@ -49,9 +49,9 @@ __device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xf
 
 }  // namespace detail
 
-/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who have
-/// a barrier to themselves then. Each of the three has memory of its own, so that one barrier is
-/// enough: another lies between a read and the next row's write.
+/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who
+/// have a barrier to themselves then. Each of the three has memory of its own, so that one barrier
+/// is enough: another lies between a read and the next row's write.
 template <int kThreads, bool kSome = false>
 struct RowReduction {
   static constexpr int kWarps = kThreads / 32;
@@ -96,7 +96,8 @@ struct RowReduction {
 
 /// The part of a row that one of kThreads threads holds: 4 * kVectors values.
 /// @tparam kKeepsWeights Whether load_weights() keeps the norm's weights; else scale() reads them.
-template <int kThreads, int kVectors, typename T, bool kKeepsWeights = true>
+/// @tparam kMayGate Whether source.gated is looked at.
+template <int kThreads, int kVectors, typename T, bool kKeepsWeights = true, bool kMayGate = true>
 struct RegisterRow {
   float4 values[kVectors];
   float4 weights[kKeepsWeights ? kVectors : 1];  // of the norm
@@ -117,20 +118,21 @@ struct RegisterRow {
   /// A row as it lies in memory, gate and up.
   struct RawRow {
     Raw values[kVectors];
-    Raw up[kVectors];
+    Raw up[kMayGate ? kVectors : 1];
   };
 
   __device__ static void load(RawRow& raw, const RowSource<T>& source, std::int64_t row,
                               int thread) {
-    const T* x = source.x + row * source.k * (source.gated ? 2 : 1);
+    const bool gated = kMayGate && source.gated;
+    const T* x = source.x + row * source.k * (gated ? 2 : 1);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int i = column(thread, v);
       raw.values[v] = Raw{};
-      if (source.gated) raw.up[v] = Raw{};
+      if (gated) raw.up[v] = Raw{};
       if (i >= source.k) continue;
       raw.values[v] = *reinterpret_cast<const Raw*>(x + i);
-      if (source.gated) raw.up[v] = *reinterpret_cast<const Raw*>(x + source.k + i);
+      if (gated) raw.up[v] = *reinterpret_cast<const Raw*>(x + source.k + i);
     }
   }
 
@@ -140,7 +142,7 @@ struct RegisterRow {
     for (int v = 0; v < kVectors; ++v) {
       float4& x = values[v];
       x = load4(reinterpret_cast<const T*>(&raw.values[v]));
-      if (!source.gated) continue;
+      if (!kMayGate || !source.gated) continue;
       const float4 up = load4(reinterpret_cast<const T*>(&raw.up[v]));
       x = make_float4(detail::gate<T>(x.x, up.x), detail::gate<T>(x.y, up.y),
                       detail::gate<T>(x.z, up.z), detail::gate<T>(x.w, up.w));

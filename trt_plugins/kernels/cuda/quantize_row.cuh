@@ -114,7 +114,8 @@ __device__ inline RowScale quantize_row(const RowSource<T>& source, float* row, 
   float r = 1.0F;
   if (source.norm_weight != nullptr) {
     squares = detail::block_reduce<kThreads>(squares, [](double a, double b) { return a + b; });
-    r = static_cast<float>(1.0 / sqrt(squares * source.inverse_k + static_cast<double>(source.eps)));
+    r = static_cast<float>(1.0 /
+                           sqrt(squares * source.inverse_k + static_cast<double>(source.eps)));
   }
   // As integers, so that not-a-number, whose bits are larger than all others', is the largest.
   std::uint32_t largest = __float_as_uint(1e-5F);

@@ -13,8 +13,8 @@ bool valid(const BitLinearParams& p) {
 
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
-  return {static_cast<const T*>(p.x),  p.norm_weight, p.eps,
-          static_cast<int>(p.k), p.gated,       1.0 / static_cast<double>(p.k)};
+  return {static_cast<const T*>(p.x), p.norm_weight, p.eps,
+          static_cast<int>(p.k),      p.gated,       1.0 / static_cast<double>(p.k)};
 }
 
 /// The order of rows that bit_linear()'s kernels take.
@@ -28,6 +28,13 @@ RowLayout layout_of(const BitLinearParams& p) {
   return digits || gemv ? RowLayout::kFragments : row_layout(p.m);
 }
 
+template <int kThreads_, int kVectors_, int kBlocks_>
+struct QuantizeShape {
+  static constexpr int kThreads = kThreads_;  // of a row
+  static constexpr int kVectors = kVectors_;  // of four values for each
+  static constexpr int kBlocks = kBlocks_;    // thread blocks of a multiprocessor
+};
+
 template <Activation kActivation, bool kRaw, typename T>
 cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
                             cudaStream_t stream) {
@@ -35,21 +42,26 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   const std::int64_t k = round_up(p.k, kBlockInputs);
   int num_sms = 0;
   if (const auto error = count_multiprocessors(num_sms)) return error;
-  const auto launch = [&](auto kernel, int threads, int rows_at_once, int blocks_at_once) {
-    const std::int64_t most = static_cast<std::int64_t>(num_sms) * blocks_at_once;
-    const std::int64_t grid = std::min((p.m + rows_at_once - 1) / rows_at_once, most);
-    return launch_early(kernel, dim3(static_cast<unsigned>(grid)), threads, 0, 1, stream,
-                        row_source<T>(p), p.m, num_blocks(p.k), rows);
+  const auto launch = [&](auto shape) {
+    using S = decltype(shape);
+    const std::int64_t most = static_cast<std::int64_t>(num_sms) * S::kBlocks;
+    const auto kernel =
+        p.gated ? quantize_rows<S::kThreads, S::kVectors, S::kBlocks, true, kActivation, kRaw, T>
+                : quantize_rows<S::kThreads, S::kVectors, S::kBlocks, false, kActivation, kRaw, T>;
+    return launch_early(kernel, dim3(static_cast<unsigned>(std::min(p.m, most))), S::kThreads, 0, 1,
+                        stream, row_source<T>(p), p.m, num_blocks(p.k), rows);
   };
   // Few rows are the sooner done the more threads each has; many take fewer instructions with few.
   if (p.m >= kManyRows) {
-    if (k <= 1024) return launch(quantize_rows<128, 32, 8, kActivation, kRaw, T>, 128, 4, 4);
-    if (k <= 4096) return launch(quantize_rows<128, 128, 8, kActivation, kRaw, T>, 128, 1, 4);
-    if (k <= 8192) return launch(quantize_rows<256, 256, 8, kActivation, kRaw, T>, 256, 1, 2);
+    if (k <= 1024) return launch(QuantizeShape<64, 4, 16>{});
+    if (k <= 2048) return launch(QuantizeShape<128, 4, 8>{});
+    if (k <= 3072) return launch(QuantizeShape<192, 4, 5>{});
+    if (k <= 4096) return launch(QuantizeShape<256, 4, 4>{});
+    if (k <= 8192) return launch(QuantizeShape<256, 8, 3>{});
   }
-  if (k <= 1024) return launch(quantize_rows<256, 256, 1, kActivation, kRaw, T>, 256, 1, 8);
-  if (k <= 4096) return launch(quantize_rows<512, 512, 2, kActivation, kRaw, T>, 512, 1, 2);
-  if (k <= 8192) return launch(quantize_rows<512, 512, 4, kActivation, kRaw, T>, 512, 1, 2);
+  if (k <= 1024) return launch(QuantizeShape<256, 1, 4>{});
+  if (k <= 4096) return launch(QuantizeShape<512, 2, 2>{});
+  if (k <= 8192) return launch(QuantizeShape<512, 4, 2>{});
   return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
                       kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,
                       row_source<T>(p), num_blocks(p.k), rows);

@@ -36,6 +36,9 @@ cudaError_t launch_wgmma(const Product& p, const Output<Y>& out, cudaStream_t st
   if (const auto error = count_multiprocessors(num_sms)) return error;
   const ProductPlan plan = p.plan != nullptr ? *p.plan : plan_product(p.m, out.n, p.k, num_sms);
   if (!valid_plan(plan, p.k)) return cudaErrorInvalidValue;
+  if (plan.tiling != Tiling::kThin) {
+    return launch_square<kActivation>(p, plan.tiling, out, num_sms, stream);
+  }
   if (plan.rows == 64) return launch<64, kActivation>(p, plan, out, num_sms, stream);
   if (plan.rows == 128) return launch<128, kActivation>(p, plan, out, num_sms, stream);
   return launch<256, kActivation>(p, plan, out, num_sms, stream);

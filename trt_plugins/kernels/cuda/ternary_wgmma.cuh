@@ -55,19 +55,15 @@ struct WgmmaArgs {
 
 namespace detail {
 
-/// A fragment of codes: 0, 1, 2 as integers; as e4m3 -2^-6, -0 or 0, 2^-6, of which the codes'
-/// complement, 3, 2 and 1, has the sign in its upper bit and the exponent's lowest in the other.
+/// A fragment of codes: 0, 1, 2 as integers; as e4m3 -2, -0, 2, whose upper two bits are 3 less the
+/// code and whose others are 0.
 template <Activation kActivation>
 __device__ inline void unpack_wgmma(std::uint32_t word, std::uint32_t (&a)[4]) {
   if constexpr (kActivation == Activation::kInt8) {
     unpack(word, a);
   } else {
-    constexpr std::uint32_t kSign = 0x80808080U, kOne = 0x08080808U;
-    word = ~word;
-    a[0] = (word << 6 & kSign) | (word << 3 & kOne);
-    a[1] = (word << 4 & kSign) | (word << 1 & kOne);
-    a[2] = (word << 2 & kSign) | (word >> 1 & kOne);
-    a[3] = (word & kSign) | (word >> 3 & kOne);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = ~(word << (6 - 2 * i)) & 0xc0c0c0c0U;
   }
 }
 
@@ -244,7 +240,7 @@ __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& pa
     release((at + Shape::kStages - 1) % Shape::kStages);
 
     RowFactors* factors = memory.rows[turn % 2];
-    if (thread < kRows) factors[thread] = {s, 1.0F / s, kFloatBiasBits - row_sum};
+    if (thread < kRows) factors[thread] = row_factors(s, row_sum);
     asm volatile("bar.sync 1, %0;" ::"n"(kWgmmaConsumers) : "memory");
     const auto store = [&](const auto& sums, int first) {
       constexpr int kChunks = sizeof(sums) / sizeof(Sum) / 8;

@@ -25,6 +25,10 @@ __device__ inline std::uint64_t swizzled_rows(const void* shared) {
 
 /// Orders earlier accesses to registers before the next wgmma.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/// Has the registers written here, not between wgmma instructions, which would wait for each other.
+__device__ inline void settle(std::uint32_t (&a)[4]) {
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -11,7 +11,8 @@ namespace tinylm::cuda {
 /// A row's factors, read by every warp.
 struct __align__(16) RowFactors {
   float s, inverse;
-  int bias;  // the bits of kFloatBias less the row's sum
+  float rest;  // 1 / s - inverse
+  int bias;    // the bits of kFloatBias less the row's sum
 };
 inline constexpr float kFloatBias = 12582912.0F;  // 1.5 * 2^23, whose last bit is worth 1
 inline constexpr int kFloatBiasBits = 0x4b400000;
@@ -19,6 +20,11 @@ inline constexpr int kFloatBiasBits = 0x4b400000;
 #ifdef TINYLM_HOPPER
 
 namespace detail {
+
+__device__ inline RowFactors row_factors(float s, int row_sum) {
+  const float inverse = 1.0F / s;
+  return {s, inverse, fmaf(-inverse, s, 1.0F) * inverse, kFloatBiasBits - row_sum};
+}
 
 template <Activation kActivation>
 using WgmmaSum = std::conditional_t<kActivation == Activation::kInt8, int, float>;
@@ -30,9 +36,18 @@ __device__ inline float wgmma_value(WgmmaSum<kActivation> acc, RowFactors row, f
     // Exact below 2^22 = 128 * 32768, and faster than a conversion.
     sum = __int_as_float(acc + row.bias) - kFloatBias;
   } else {
-    sum = acc * 64.0F;
+    sum = acc * 0.5F;  // of codes as -2, 0, 2
   }
-  return quotient<T>(sum * weight_scale, row.s, row.inverse);
+  const float x = sum * weight_scale;
+  if constexpr (std::is_same_v<T, float>) return x / row.s;
+  return fmaf(x, row.inverse, x * row.rest);
+}
+
+/// Four 8 x 8 matrices of two-byte values, transposed; lane 8 i + r has the address of row r of i.
+__device__ inline void store_matrices(std::uint32_t address, const std::uint32_t (&packed)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
+               : "memory");
 }
 
 /// Stores eight neighbouring outputs of one row, those that exist.
@@ -94,11 +109,7 @@ __device__ inline void store_rows(const WgmmaSum<kActivation> (&acc)[8 * kChunks
     __syncwarp();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                       shared_address(&transpose[chunk][to])),
-                   "r"(packed[chunk][0]), "r"(packed[chunk][1]), "r"(packed[chunk][2]),
-                   "r"(packed[chunk][3])
-                   : "memory");
+      store_matrices(shared_address(&transpose[chunk][to]), packed[chunk]);
     }
     __syncwarp();
 #pragma unroll

@@ -16,7 +16,8 @@ TINYLM_TEST_API std::int64_t tinylm_bit_linear_workspace(std::int64_t m, std::in
 
 /// rows, k_parts; nullptr for the launcher's choice.
 static ProductPlan plan_of(const std::int32_t* plan) {
-  return plan == nullptr ? ProductPlan{} : ProductPlan{plan[0], plan[1]};
+  return plan == nullptr ? ProductPlan{}
+                         : ProductPlan{plan[0], plan[1], static_cast<Tiling>(plan[2])};
 }
 
 TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, std::int64_t n,
