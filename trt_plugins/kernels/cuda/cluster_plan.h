@@ -11,7 +11,8 @@ namespace tinylm::cuda {
 inline constexpr int kClusterHeads = 16;    // of one thread block: the rows of mma.m16n8k16
 inline constexpr int kClusterTokens = 128;  // of one tile: 16 a warp
 inline constexpr int kMinCluster = 2;       // a cluster of one has no remote stores
-inline constexpr int kMaxCluster = 16;      // more than 8 needs the kernel's consent
+inline constexpr int kMaxCluster = 16;      // more than 8 needs the kernel's and the GPU's consent
+inline constexpr int kPortableCluster = 8;
 
 /// Whether latent_cluster() is built for these widths.
 inline bool cluster_takes(const LatentAttentionShape& s) {
@@ -21,14 +22,14 @@ inline bool cluster_takes(const LatentAttentionShape& s) {
   return rank && rope && s.nope_dim % 16 == 0 && s.nope_dim <= 128 && s.value_dim % 16 == 0;
 }
 
-/// Thread blocks of one row and 16 heads, which share its tokens: as many as the GPU takes at once,
-/// a power of two, two at least, and no more than the cache has tiles.
+/// Thread blocks of one row and 16 heads: as many as the GPU takes at once, a power of two, two at
+/// least. They share the tokens; where these are few, what comes before and after attention.
 /// @param rows Batch rows times groups of 16 heads.
 /// @param resident Thread blocks that the GPU holds at once.
-inline int cluster_blocks(std::int64_t rows, std::int64_t capacity, std::int64_t resident) {
-  const std::int64_t tiles = (capacity + kClusterTokens - 1) / kClusterTokens;
+/// @param most Of a cluster.
+inline int cluster_blocks(std::int64_t rows, std::int64_t resident, int most = kMaxCluster) {
   int blocks = kMinCluster;
-  while (2 * blocks <= kMaxCluster && 2 * blocks * rows <= resident && blocks < tiles) blocks *= 2;
+  while (2 * blocks <= most && 2 * blocks * rows <= resident) blocks *= 2;
   return blocks;
 }
 

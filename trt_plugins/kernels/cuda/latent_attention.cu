@@ -208,7 +208,7 @@ cudaError_t launch_prefill(const LatentAttentionShape& shape, const LatentArgs<T
   with_prefill_widths(shape, [&](auto key_dim, auto value_dim) {
     constexpr int kKeyDim = decltype(key_dim)::value, kValueDim = decltype(value_dim)::value;
     if constexpr (kValueDim >= 64) {
-      if (args.rope_dim % 16 == 0 && device_is_hopper()) {
+      if (args.rope_dim % 16 == 0 && is_hopper()) {
         error = launch_prefill_wgmma<kKeyDim, kValueDim>(args, first_row, rows, expanded, angles,
                                                          stream);
         return true;
@@ -286,7 +286,7 @@ cudaError_t run(const LatentAttentionShape& shape, const LatentAttentionParams& 
       return attend_expanded(shape, args, p.batch, workspace, stream);
     }
     constexpr std::int64_t kMaxGridRows = 65535;
-    if (p.length == 1 && p.batch <= kMaxGridRows && cluster_takes(shape) && device_is_hopper()) {
+    if (p.length == 1 && p.batch <= kMaxGridRows && cluster_takes(shape) && is_hopper()) {
       return launch_cluster(args, p.batch, stream);
     }
   }

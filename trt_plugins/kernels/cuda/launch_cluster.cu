@@ -4,37 +4,42 @@
 
 namespace tinylm::cuda {
 
-bool device_is_hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-
 namespace {
+
+/// Most thread blocks of a kernel's cluster: not every Hopper has 16 multiprocessors side by side.
+template <typename Kernel>
+int largest_cluster(Kernel kernel, int bytes) {
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim = {kMaxCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(kClusterThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.attrs = &size;
+  config.numAttrs = 1;
+  int count = 0;
+  const bool fits =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess && count > 0;
+  return fits ? kMaxCluster : kPortableCluster;
+}
 
 template <int kRank, int kRope, typename T>
 cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors)) return error;
   const int groups = (args.num_heads + kClusterHeads - 1) / kClusterHeads;
-  const int blocks = cluster_blocks(batch * groups, args.capacity,
-                                    multiprocessors * cluster_blocks_each(kRank, kRope));
   const auto kernel = latent_cluster<kRank, kRope, T>;
   constexpr int kBytes = ClusterMemory<kRank, kRope>::kBytes;
   constexpr int kMostBytes = 227 * 1024;  // of a thread block of sm_90
   static_assert(kBytes <= kMostBytes, "shared memory");
   if (const auto error = allow_shared_memory(kernel, kBytes)) return error;
-  if (blocks > 8) {
-    const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                            cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
+  // Asked once, of the first GPU: asking takes longer than the kernel.
+  static const int most = largest_cluster(kernel, kBytes);
+  const int blocks =
+      cluster_blocks(batch * groups, multiprocessors * cluster_blocks_each(kRank, kRope), most);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
                   static_cast<unsigned>(batch));
   return launch_early(kernel, grid, kClusterThreads, kBytes, blocks, stream, args);

@@ -1,13 +1,10 @@
-// Whether latent_cluster() runs, and its launch.
+// The launch of latent_cluster().
 #pragma once
 
 #include "cluster_plan.h"
 #include "latent_append.cuh"
 
 namespace tinylm::cuda {
-
-/// Whether the current device runs what is built for sm_90a.
-bool device_is_hopper();
 
 /// Enqueues a step of one new token a row; cluster_takes() the shape. T is half or bfloat16.
 template <typename T>

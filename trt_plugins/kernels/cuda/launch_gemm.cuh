@@ -31,7 +31,7 @@ cudaError_t launch_square(const Product& p, Tiling tiling, const Output<Y>& out,
 inline std::int64_t gemv_traffic(std::int64_t m, std::int64_t n, std::int64_t k) {
   return (n + 15) / 16 * m * k;
 }
-inline constexpr std::int64_t kMaxGemvTraffic = 24 << 20;        // against ternary_tile
+inline constexpr std::int64_t kMaxGemvTraffic = 24 << 20;       // against ternary_tile
 inline constexpr std::int64_t kMaxHopperGemvTraffic = 8 << 20;  // against ternary_wgmma
 
 namespace detail {

@@ -28,7 +28,16 @@ struct RowSource {
   float eps;
   int k;             // a multiple of 4
   bool gated;        // the row is silu(gate) * up
-  double inverse_k;  // 1 / k
+  double inverse_k;  // divisions take long in a kernel
+
+  __host__ __device__ RowSource(const T* row, const float* norm, float norm_eps, int inputs,
+                                bool is_gated)
+      : x(row),
+        norm_weight(norm),
+        eps(norm_eps),
+        k(inputs),
+        gated(is_gated),
+        inverse_k(1.0 / inputs) {}
 };
 
 /// What quantise_row() returns to every thread.

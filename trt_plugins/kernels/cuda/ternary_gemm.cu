@@ -13,8 +13,7 @@ bool valid(const BitLinearParams& p) {
 
 template <typename T>
 RowSource<T> row_source(const BitLinearParams& p) {
-  return {static_cast<const T*>(p.x), p.norm_weight, p.eps,
-          static_cast<int>(p.k),      p.gated,       1.0 / static_cast<double>(p.k)};
+  return {static_cast<const T*>(p.x), p.norm_weight, p.eps, static_cast<int>(p.k), p.gated};
 }
 
 /// The order of rows that bit_linear()'s kernels take.
@@ -115,13 +114,9 @@ cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) 
     if (p.k <= 4096) return launch_row<RowShape<512, 2>, kActivation>(p, out, stream);
     if (p.k <= 8192) return launch_row<RowShape<512, 4>, kActivation>(p, out, stream);
   }
-  // On Hopper, whose thread blocks have that much shared memory.
-  constexpr std::int64_t kMostBytes = 128 * 1024;
-  if (p.m <= kMostGemvRows && p.k <= 4096 && is_hopper() &&
-      rows_shared_bytes<kActivation>(num_blocks(p.k)) <= kMostBytes) {
+  if (p.m <= kMostGemvRows && p.k <= 3072 && is_hopper()) {
     if (p.k <= 1024) return launch_rows<2, kActivation>(p, out, stream);
-    if (p.k <= 3072) return launch_rows<6, kActivation>(p, out, stream);
-    return launch_rows<8, kActivation>(p, out, stream);
+    return launch_rows<6, kActivation>(p, out, stream);
   }
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;

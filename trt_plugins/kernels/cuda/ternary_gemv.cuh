@@ -12,7 +12,8 @@ inline constexpr int kGemvWarps = 8;
 inline constexpr int kGemvThreads = 32 * kGemvWarps;
 // Blocks of 128 inputs whose weights a warp loads before it waits for the activations.
 inline constexpr int kGemvPrefetch = 4;
-// Words between the sums of neighbouring rows: 16, and 4 so that a warp's stores meet no bank twice.
+// Words between the sums of neighbouring rows: 16, and 4 so that a warp's stores meet no bank
+// twice.
 inline constexpr int kGemvPitch = 20;
 
 struct GemvWeights {
@@ -86,7 +87,8 @@ __device__ inline const std::uint8_t* lane_weights(const GemvWeights& weights) {
 
 /// Leaves every warp's part in parts[warp][row][output].
 template <int kTiles>
-__device__ inline void keep_parts(const int (&acc)[kTiles][4], int (*parts)[8 * kTiles][kGemvPitch]) {
+__device__ inline void keep_parts(const int (&acc)[kTiles][4],
+                                  int (*parts)[8 * kTiles][kGemvPitch]) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   for (int tile = 0; tile < kTiles; ++tile) {
     for (int i = 0; i < 4; ++i) parts[warp][8 * tile + 2 * t + i % 2][g + i / 2 * 8] = acc[tile][i];

@@ -32,8 +32,8 @@ struct RowWeights {
   int blocks_per_warp;  // a divisor of num_blocks
 };
 
-/// The least part of a tile's blocks that a warp can have if no more warps than there are shall have
-/// all tiles.
+/// The least part of a tile's blocks that a warp can have if no more warps than there are shall
+/// have all tiles.
 inline int blocks_per_warp(int num_blocks, int tiles, int warps) {
   int parts = std::min(warps / tiles, num_blocks);
   while (num_blocks % parts != 0) --parts;
@@ -88,8 +88,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int first_tile = blockIdx.x * weights.tiles_per_block;
   const int num_tiles = min(weights.tiles_per_block, weights.num_tiles - first_tile);
   const int first_block = warp * weights.blocks_per_warp;
-  const int my_blocks =
-      first_block < num_tiles * weights.num_blocks ? weights.blocks_per_warp : 0;
+  const int my_blocks = first_block < num_tiles * weights.num_blocks ? weights.blocks_per_warp : 0;
   std::uint8_t* slots = gemv_memory + warp * kSlotsBytes + lane * 16;
   const std::uint8_t* packed =
       weights.packed + lane * 16 +
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   // In the order of the B fragments: [digit][block][half][t][4 words]. A thread's vectors are whole
   // blocks apart.
   const int i = Row::column(threadIdx.x, 0);
-  std::uint8_t* to =
-      q + i / 64 * 64 + i % 16 / 4 * 16 + (i % 64 / 32 * 2 + i % 32 / 16) * 4;
+  std::uint8_t* to = q + i / 64 * 64 + i % 16 / 4 * 16 + (i % 64 / 32 * 2 + i % 32 / 16) * 4;
   const int sum = row.template quantize<kActivation, false>(
       s, threadIdx.x, k_padded, [&](int digit, int vector, std::uint32_t word) {
         *reinterpret_cast<std::uint32_t*>(to + digit * k_padded + vector * 4 * Shape::kThreads) =

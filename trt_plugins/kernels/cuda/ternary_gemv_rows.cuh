@@ -1,5 +1,5 @@
-// 2 to 4 rows of few inputs: norm, quantiser and product in one launch. Every thread block quantises
-// all rows for itself, 128 threads a row; its warps share tiles of 16 outputs, and K.
+// 2 to 4 rows of few inputs: norm, quantiser and product in one launch. Every thread block
+// quantises all rows for itself, 128 threads a row; its warps share tiles of 16 outputs, and K.
 #pragma once
 
 #include "async_copy.cuh"
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
     const int sum = row.template quantize<kActivation, false>(
         s, thread, weights.num_blocks * kBlockInputs,
         [&](int digit, int vector, std::uint32_t word) {
-          *reinterpret_cast<std::uint32_t*>(
-              to + (digit * weights.num_blocks + 4 * vector) * kActivationBlockBytes) = word;
+          *reinterpret_cast<std::uint32_t*>(to + (digit * weights.num_blocks + 4 * vector) *
+                                                     kActivationBlockBytes) = word;
         });
     reduce.leave_sum(sum);
     reduce.sync();

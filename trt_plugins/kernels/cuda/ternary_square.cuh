@@ -235,6 +235,7 @@ __device__ inline void multiply_squares(const WgmmaArgs& args, const Output<Y>& 
     }
   };
   const auto release = [&](int old) {
+    __syncwarp();  // every lane has read its weights
     if (lane == 0) memory.empty[old].arrive();
   };
   wait_for_previous_kernel();

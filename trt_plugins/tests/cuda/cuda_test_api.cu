@@ -95,7 +95,7 @@ TINYLM_TEST_API int tinylm_decode_cluster(const AttentionSizes* sizes, int multi
   const LatentAttentionShape shape = shape_of(*sizes);
   if (!cluster_takes(shape)) return 0;
   const std::int64_t groups = (shape.num_heads + kClusterHeads - 1) / kClusterHeads;
-  return cluster_blocks(sizes->batch * groups, sizes->capacity,
+  return cluster_blocks(sizes->batch * groups,
                         multiprocessors * cluster_blocks_each(shape.latent_rank, shape.rope_dim));
 }
 
