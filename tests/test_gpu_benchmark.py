@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gpu
 import gpu_attention
+import gpu_counters
 import gpu_gemm
 import gpu_model
 import numpy as np
@@ -339,3 +340,38 @@ def test_bad_usage(
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, *arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+NCU_OUTPUT = """==PROF== Connected to process 7 (python3)
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","digamma_vectorized4_kernel","Speed Of Light","Duration","ns","1,500"
+"1","void tinylm::cuda::quantize<(int)4, float>(Row<T2>)","Speed Of Light","Duration","ns","2,500"
+"1","void tinylm::cuda::quantize<(int)4, float>(Row<T2>)","Launch","Registers Per Thread","","64"
+"2","tinylm::cuda::product(int)","Speed Of Light","SM Frequency","Mhz","1,750"
+"3","digamma_vectorized4_kernel","Speed Of Light","Duration","ns","1,500"
+"4","tinylm::cuda::product(int)","Speed Of Light","Duration","ms","1.5"
+"""
+
+
+def test_counters_are_read_by_case() -> None:
+    assert list(gpu_counters.read_cases(NCU_OUTPUT, ["first", "second"])) == [
+        {
+            "case": "first",
+            "kernels": [
+                {"kernel": "quantize<(int)4, float>", "us": 2.5, "registers": 64.0},
+                {"kernel": "product", "SM GHz": 1.75},
+            ],
+        },
+        {"case": "second", "kernels": [{"kernel": "product", "us": 1500.0}]},
+    ]
+
+
+def test_a_case_that_ran_nothing_is_not_taken_for_another() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        list(gpu_counters.read_cases(NCU_OUTPUT, ["first", "second", "third"]))
+
+
+def test_every_counted_case_has_a_name() -> None:
+    names = gpu_counters.case_names()
+    assert names[0] == gpu_gemm.case_name(*gpu_counters.GEMM_CASES[0])
+    assert len(set(names)) == len(names)

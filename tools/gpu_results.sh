@@ -12,6 +12,7 @@
 #   engines   the other engines, parity and generation, four things at a time
 #   bench     the engines' speed
 #   speed     benchmarks/gpu.py, with these engines where they are
+#   counters  what limits the kernels, by ncu
 #
 # DEMO names a folder as tools/demo.sh makes it: a trained model goes through `engines` too.
 # WORK is where models and engines are kept between calls. Like gpu_tests.sh it installs nothing.
@@ -111,8 +112,10 @@ run_speed() {
     "$python" benchmarks/gpu.py --out "$out/gpu.json" "${models[@]}"
 }
 
+run_counters() { "$python" benchmarks/gpu_counters.py --out "$out/gpu_counters.json"; }
+
 parts=("$@")
-[ $# -gt 0 ] || parts=(kernels tests sanitize export bench-engines engines bench speed)
+[ $# -gt 0 ] || parts=(kernels tests sanitize export bench-engines engines bench speed counters)
 failed=()
 for part in "${parts[@]}"; do
     if ! declare -F "run_${part//-/_}" >/dev/null; then
