@@ -63,9 +63,11 @@ run_kernels() {
 run_tests() { bash tools/gpu_tests.sh "$python"; }
 
 run_sanitize() {
-    local half=$((cores / 2))
+    local half=$((cores / 2)) status=0
     TOOLS=memcheck on 0 $half bash tools/gpu_sanitize.sh "$python" >"$out/memcheck.log" 2>&1 &
-    TOOLS=racecheck on $half $half bash tools/gpu_sanitize.sh "$python" >"$out/racecheck.log" 2>&1 && wait $!
+    TOOLS=racecheck on $half $half bash tools/gpu_sanitize.sh "$python" >"$out/racecheck.log" 2>&1 || status=1
+    wait $! || status=1
+    return $status
 }
 
 run_export() { engines --part export; }
