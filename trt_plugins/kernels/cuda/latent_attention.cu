@@ -187,12 +187,8 @@ cudaError_t launch_prefill_wgmma(const LatentArgs<T>& args, std::int64_t first_r
   using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
   const auto kernel = latent_prefill_wgmma<kKeyDim, kValueDim, T>;
   if (const auto error = allow_shared_memory(kernel, Sizes::kBytes)) return error;
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors)) return error;
   const std::int64_t items =
       (args.length + Sizes::kQueries - 1) / Sizes::kQueries * args.num_heads * rows;
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors));

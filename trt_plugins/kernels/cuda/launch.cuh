@@ -24,13 +24,6 @@ inline cudaError_t count_multiprocessors(int& count) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-/// Bytes that a thread block may have on the current GPU.
-inline cudaError_t max_shared_memory(int& bytes) {
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
 /// Whether the current GPU, Hopper or newer, lets a kernel begin before the one before it ends.
 inline bool can_launch_early() {
   int device = 0, major = 0;
