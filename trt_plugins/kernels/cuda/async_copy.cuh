@@ -1,6 +1,6 @@
-// Hopper's copies in bulk, the barriers in shared memory that count their bytes, clusters, and
-// programmatic dependent launch. On older GPUs the launch's functions do nothing, the rest is
-// absent.
+// Hopper's copies in bulk, the barriers in shared memory that count their bytes, those of some
+// warps, clusters, and programmatic dependent launch. On older GPUs the launch's functions do
+// nothing, the rest is absent.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,29 @@ template <int kPending>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Barriers in shared memory, mbarriers, by their addresses there.
+__device__ inline void barrier_init(std::uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+/// Arrives and announces so many bytes in this phase.
+__device__ inline void barrier_expect(std::uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+/// Waits until the phase of this parity is complete.
+__device__ inline void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 }  // namespace detail
 
 /// The address of the same place in the shared memory of the cluster's thread block `rank`.
@@ -57,43 +80,31 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/// A barrier of kThreads of a thread block's threads, whole warps. 0 is __syncthreads()'s.
+template <int kThreads>
+__device__ inline void named_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 /// A barrier in shared memory: a phase ends when all arrivals and announced bytes have come.
 struct CopyBarrier {
   std::uint64_t state;
 
-  __device__ void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
-                 "r"(arrivals)
-                 : "memory");
-  }
+  __device__ void init(int arrivals) { detail::barrier_init(shared_address(this), arrivals); }
   /// Arrives and announces bytes of copies.
-  __device__ void expect(int bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
-        "r"(bytes)
-        : "memory");
-  }
-  __device__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
-  }
+  __device__ void expect(int bytes) { detail::barrier_expect(shared_address(this), bytes); }
+  __device__ void arrive() { detail::barrier_arrive(shared_address(this)); }
   /// Arrives when this thread's copy_async() so far have come.
   __device__ void arrive_after_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this))
                  : "memory");
   }
   /// Waits for the end of the phase of this parity.
-  __device__ void wait(int parity) {
-    asm volatile(
-        "{ .reg .pred done; again: "
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
-        "@!done bra again; }" ::"r"(shared_address(this)),
-        "r"(parity)
-        : "memory");
-  }
+  __device__ void wait(int parity) { detail::barrier_wait(shared_address(this), parity); }
 };
 
-/// Makes initialised barriers known to copies.
-__device__ inline void fence_barriers() {
+/// Makes what was stored to shared memory, barriers too, known to copies in bulk and to wgmma.
+__device__ inline void fence_shared_memory() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

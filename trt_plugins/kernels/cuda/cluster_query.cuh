@@ -291,9 +291,9 @@ __device__ inline void send_queries(const ClusterPlace& at, const unsigned char*
   const int pieces = at.heads_here() * kPieces;
   for (int i = threadIdx.x; i < pieces * (at.size - 1); i += kAttendThreads) {
     const int to = (at.rank + 1 + i / pieces) % at.size, offset = first + 16 * (i % pieces);
-    detail::store_remote(detail::remote_address(at.memory + offset, to),
+    detail::store_remote(cluster_address(at.memory + offset, to),
                          *reinterpret_cast<const float4*>(memory + offset),
-                         detail::remote_address(at.memory + Memory::kBarriers, to));
+                         cluster_address(at.memory + Memory::kBarriers, to));
   }
 }
 

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cstdint>
+#include "wgmma.cuh"
 
 namespace tinylm::cuda::detail {
 
@@ -17,34 +17,12 @@ __device__ inline std::uint64_t wgmma_operand(std::uint32_t address) {
   return (address & 0x3ffffU) >> 4 | kEightRows << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int kPending>
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
 /// Keeps the compiler from using registers before a wait, or after an issue.
 template <int kCount>
 __device__ inline void hold_registers(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-/// What was stored to shared memory before is seen by products that are issued after.
-__device__ inline void fence_for_wgmma() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-template <int kRegisters>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 /// d [64, 128] (+)= A [64, 16] . B [128, 16]^T, both from shared memory.
 __device__ inline void wgmma_keys(float (&d)[64], std::uint64_t a, std::uint64_t b, int accumulate,
                                   __half) {

@@ -215,7 +215,7 @@ __device__ inline void attend_tile(const LatentArgs<T>& args, const ClusterPlace
   for (int pair = 0; pair < (kChunks + 1) / 2; ++pair) {
     const int chunk = first_chunk + min(2 * pair + lane / 16, kChunks - 1);
     address[pair] =
-        detail::shared_address(stage) + token * kStride + (chunk ^ detail::swizzle(in_matrix)) * 16;
+        shared_address(stage) + token * kStride + (chunk ^ detail::swizzle(in_matrix)) * 16;
   }
 #pragma unroll
   for (int k = 0; k < kClusterWarps; ++k) {
@@ -261,8 +261,8 @@ __device__ inline void send_sums(const ClusterPlace& at, unsigned char* memory,
     if (head >= at.num_heads) continue;
     const int slot = at.rank * at.heads_each() + head % at.heads_each();
     const std::uint32_t parts =
-        detail::remote_address(at.memory + Memory::kParts + (slot * kRank + 4 * t) * 4, to);
-    const std::uint32_t arrival = detail::remote_address(barrier, to);
+        cluster_address(at.memory + Memory::kParts + (slot * kRank + 4 * t) * 4, to);
+    const std::uint32_t arrival = cluster_address(barrier, to);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int chunk = at.warp * kChunks + i;
@@ -284,9 +284,9 @@ __device__ inline void send_sums(const ClusterPlace& at, unsigned char* memory,
       total.y += totals[head * kClusterWarps + w].y;
     }
     const int slot = at.rank * at.heads_each() + head % at.heads_each();
-    detail::store_remote(detail::remote_address(at.memory + Memory::kStats + 16 * slot, to),
+    detail::store_remote(cluster_address(at.memory + Memory::kStats + 16 * slot, to),
                          make_float4(sums.most[r], total.x, total.y, 0.0F),
-                         detail::remote_address(barrier, to));
+                         cluster_address(barrier, to));
   }
 }
 
@@ -303,7 +303,7 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   at.num_heads = min(kClusterHeads, args.num_heads - at.first_head);
   at.lane = threadIdx.x % 32;
   at.warp = threadIdx.x / 32;
-  at.memory = detail::shared_address(memory);
+  at.memory = shared_address(memory);
   const bool attends = at.warp<kClusterWarps, appends = at.warp> kClusterWarps;
   const std::uint32_t barriers = at.memory + Memory::kBarriers;
   if (threadIdx.x == kAttendThreads) {

@@ -268,14 +268,14 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
   constexpr int kPanels = Sizes::kValuePanels;
   const int group = detail::warpgroup() - 1, warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const std::uint32_t base = detail::shared_address(memory), stages = base + Sizes::kStage0;
+  const std::uint32_t base = shared_address(memory), stages = base + Sizes::kStage0;
   const std::uint32_t full = base + Sizes::kBarriers, empty = full + 8 * Sizes::kStages;
   const std::uint32_t rotated = empty + 8 * Sizes::kStages;
   const float factor = args.softmax_scale * 1.4426950408889634F;
   int used = 0, used_queries = 0;  // stages so far
   const auto wait_full = [&](int i) {
     detail::barrier_wait(full + 8 * (i % Sizes::kStages), i / Sizes::kStages % 2);
-    detail::fence_for_wgmma();  // cp.async is not of wgmma's proxy
+    fence_shared_memory();  // cp.async is not of wgmma's proxy
   };
   const auto release = [&](int i) {
     if (lane == 0) detail::barrier_arrive(empty + 8 * (i % Sizes::kStages));
@@ -302,7 +302,7 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
       detail::issue_scores<kKeyDim, kValueDim, T>(scores, queries, stage(used));
-      detail::wgmma_wait<0>();
+      wgmma_wait<0>();
       detail::hold_registers(scores);
       const int query = first + warp * 16 + g;  // and + 8
       const auto weigh = [&](int j) {
@@ -318,7 +318,7 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
         }
         float keep[2];
         detail::raise_most(scores, factor, most, keep);
-        detail::wgmma_wait<0>();  // the weighted values before
+        wgmma_wait<0>();  // the weighted values before
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
         if (j > 0) release(used + j - 1);
@@ -334,7 +334,7 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
       const auto issue_values = [&](int j) {
         const std::uint64_t values =
             detail::wgmma_operand(stage(used + j) + Sizes::kKeyPanels * Sizes::kPanelBytes);
-        detail::wgmma_fence();
+        wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
 #pragma unroll
@@ -343,19 +343,19 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
             detail::wgmma_values(acc[panel], weights[k], values + offset, T{});
           }
         }
-        detail::wgmma_commit();
+        wgmma_commit();
       };
       for (int j = 0; j + 1 < num_tiles; ++j) {
         weigh(j);
         wait_full(used + j + 1);
         detail::issue_scores<kKeyDim, kValueDim, T>(scores, queries, stage(used + j + 1));
         issue_values(j);
-        detail::wgmma_wait<1>();  // the next scores
+        wgmma_wait<1>();  // the next scores
         detail::hold_registers(scores);
       }
       weigh(num_tiles - 1);
       issue_values(num_tiles - 1);
-      detail::wgmma_wait<0>();
+      wgmma_wait<0>();
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) detail::hold_registers(acc[panel]);
       release(used + num_tiles - 1);
@@ -381,7 +381,7 @@ __device__ inline void prefill_queries(const LatentArgs<T>& args, int first_row,
         inverse[r] = valid ? 1.0F / total[r] : 0.0F;
         fits[r] = !valid || tile.past + row + g + 8 * r < args.capacity;
       }
-      detail::named_sync(1 + group, 128);  // the warpgroup has multiplied its queries
+      named_sync<128>(1 + group);  // the warpgroup has multiplied its queries
       store_outputs<kPanels>(acc, inverse, fits, memory + query_offset + warp * 2048,
                              Sizes::kQueries * 128, y, y_stride, num_rows);
     } else {
@@ -408,7 +408,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
                                       int num_items, const T* expanded, const float2* angles,
                                       unsigned char* memory) {
   using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
-  const std::uint32_t full = detail::shared_address(memory) + Sizes::kBarriers;
+  const std::uint32_t full = shared_address(memory) + Sizes::kBarriers;
   const std::uint32_t empty = full + 8 * Sizes::kStages, queries = empty + 8 * Sizes::kStages;
   int used = 0, used_queries = 0;
   for (int turn = 0; turn * gridDim.x < num_items; ++turn) {
@@ -422,7 +422,7 @@ __device__ inline void prefill_copies(const LatentArgs<T>& args, int first_row, 
         detail::barrier_wait(queries + 8 * (Sizes::kQueryStages + i), (before - 1) % 2);
       detail::copy_queries<kKeyDim, Sizes::kQueries>(args, tile, angles,
                                                      memory + i * Sizes::kQueryBytes);
-      detail::fence_for_wgmma();
+      fence_shared_memory();
       detail::barrier_arrive(queries + 8 * i);
       ++used_queries;
     }
@@ -452,9 +452,9 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Sizes = WgmmaPrefill<kKeyDim, kValueDim>;
   extern __shared__ __align__(1024) unsigned char prefill_memory[];
-  const std::uint32_t misaligned = detail::shared_address(prefill_memory) % 1024;
+  const std::uint32_t misaligned = shared_address(prefill_memory) % 1024;
   unsigned char* memory = prefill_memory + (1024 - misaligned) % 1024;
-  const std::uint32_t full = detail::shared_address(memory) + Sizes::kBarriers;
+  const std::uint32_t full = shared_address(memory) + Sizes::kBarriers;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Sizes::kStages; ++i) {
       detail::barrier_init(full + 8 * i, 128);
@@ -474,10 +474,10 @@ __global__ void __launch_bounds__(WgmmaPrefill<kKeyDim, kValueDim>::kThreads, 1)
   const int tiles = (args.length + Sizes::kQueries - 1) / Sizes::kQueries;
   const int num_items = tiles * args.num_heads * rows;
   if (detail::warpgroup() == 0) {
-    detail::give_registers<Sizes::kCopyRegisters>();
+    give_registers<Sizes::kCopyRegisters>();
     prefill_copies<kKeyDim, kValueDim>(args, first_row, rows, num_items, expanded, angles, memory);
   } else {
-    detail::take_registers<Sizes::kRegisters>();
+    take_registers<Sizes::kRegisters>();
     wait_for_previous_kernel();
     prefill_queries<kKeyDim, kValueDim>(args, first_row, rows, num_items, memory);
   }

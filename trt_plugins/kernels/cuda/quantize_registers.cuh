@@ -2,20 +2,12 @@
 // faster: each value is read once and kept.
 #pragma once
 
+#include "async_copy.cuh"
 #include "quantize_row.cuh"
 
 namespace tinylm::cuda {
 
 namespace detail {
-
-template <typename V, typename Combine>
-__device__ inline V warp_reduce(V value, Combine combine) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffU, value, offset));
-  }
-  return value;
-}
 
 /// values[0 .. kCount - 1] in pairs, pairs of pairs and so on, all at once.
 template <int kCount, typename V, typename Combine>
@@ -49,9 +41,9 @@ __device__ inline int warp_reduce(int value, Add) { return __reduce_add_sync(0xf
 
 }  // namespace detail
 
-/// Reductions of one row by kThreads, a whole thread block or a warp; or some warps of one, who
-/// have a barrier to themselves then. Each of the three has memory of its own, so that one barrier
-/// is enough: another lies between a read and the next row's write.
+/// Reductions of one row by kThreads, a whole thread block; or some warps of one, who have a
+/// barrier to themselves then. Each of the three has memory of its own, so that one barrier is
+/// enough: another lies between a read and the next row's write.
 template <int kThreads, bool kSome = false>
 struct RowReduction {
   static constexpr int kWarps = kThreads / 32;
@@ -77,7 +69,7 @@ struct RowReduction {
   }
   __device__ void sync() const {
     if constexpr (kSome) {
-      asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / kThreads + 1), "n"(kThreads) : "memory");
+      named_sync<kThreads>(threadIdx.x / kThreads + 1);
     } else {
       __syncthreads();
     }
@@ -87,7 +79,6 @@ struct RowReduction {
   template <typename V, typename Combine>
   __device__ V all(V value, V* parts, Combine combine) {
     value = detail::warp_reduce(value, combine);
-    if constexpr (kWarps == 1) return value;
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32 % kWarps] = value;
     sync();
     return detail::tree_reduce<kWarps>(parts, combine);
@@ -101,8 +92,6 @@ template <int kThreads, int kVectors, typename T, bool kKeepsWeights = true, boo
 struct RegisterRow {
   float4 values[kVectors];
   float4 weights[kKeepsWeights ? kVectors : 1];  // of the norm
-
-  static constexpr int kMostInputs = 4 * kThreads * kVectors;
 
   __device__ static int column(int thread, int vector) { return 4 * (thread + vector * kThreads); }
 

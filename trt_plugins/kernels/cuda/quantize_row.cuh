@@ -48,12 +48,19 @@ struct RowScale {
 
 namespace detail {
 
-template <int kThreads, typename V, typename Combine>
-__device__ inline V block_reduce(V value, Combine combine) {
-  constexpr int kWarps = kThreads / 32;
+template <typename V, typename Combine>
+__device__ inline V warp_reduce(V value, Combine combine) {
+#pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     value = combine(value, __shfl_xor_sync(0xffffffffU, value, offset));
   }
+  return value;
+}
+
+template <int kThreads, typename V, typename Combine>
+__device__ inline V block_reduce(V value, Combine combine) {
+  constexpr int kWarps = kThreads / 32;
+  value = warp_reduce(value, combine);
   if constexpr (kWarps == 1) return value;
   __shared__ V parts[kWarps];
   __syncthreads();  // an earlier reduction's parts have been read

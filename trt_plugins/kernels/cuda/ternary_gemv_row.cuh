@@ -20,7 +20,6 @@ struct RowShape {
   static constexpr int kThreads = kThreads_, kVectors = kVectors_;
   static constexpr int kSlots = 8;  // blocks of weights on their way to a warp
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kMostInputs = 4 * kThreads * kVectors;
   static constexpr int kMostTiles = 8;  // 16 outputs each, of one thread block
 };
 

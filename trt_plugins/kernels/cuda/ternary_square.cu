@@ -9,17 +9,7 @@ cudaError_t launch(const Product& p, const Output<Y>& out, int num_sms, cudaStre
   using Shape = SquareShape<kTiling>;
   constexpr auto kBytes = static_cast<std::int64_t>(sizeof(SquareMemory<Shape>));
   static_assert(kBytes <= 227 * 1024);
-  const auto ceil_div = [](std::int64_t a, std::int64_t b) {
-    return static_cast<int>((a + b - 1) / b);
-  };
-  const WgmmaArgs args{p.rows,
-                       p.weight,
-                       p.m,
-                       num_blocks(p.k),
-                       ceil_div(p.m, Shape::kRows),
-                       ceil_div(out.n, Shape::kOutputs),
-                       1,
-                       p.limits};
+  const WgmmaArgs args = wgmma_args(p, out.n, Shape::kRows, Shape::kOutputs);
   const int tiles = args.num_row_tiles * args.num_output_tiles;
   return launch_early(ternary_square<Shape, kActivation, Y>,
                       dim3(static_cast<unsigned>(std::min(tiles, num_sms))), kWgmmaThreads, kBytes,

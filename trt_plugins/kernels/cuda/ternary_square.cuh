@@ -224,7 +224,7 @@ __device__ inline void multiply_squares(const WgmmaArgs& args, const Output<Y>& 
   using Sum = WgmmaSum<kActivation>;
   const int group = __shfl_sync(0xffffffffU, threadIdx.x / 128 - 1, 0);  // uniform, 0 or 1
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = thread / 32;
-  const auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
+  const auto sync = [&] { named_sync<128>(group + 1); };
   const int num_blocks = args.num_blocks;
   int stage = 0, parity = 0;
   const auto advance = [&](int blocks) {
@@ -337,12 +337,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       memory.empty[i].init(Shape::kTurns ? 4 : 8);  // warps that read a stage
     }
     for (CopyBarrier& turn : memory.turn) turn.init(4);
-    fence_barriers();
+    fence_shared_memory();
   }
   __syncthreads();
   launch_next_kernel();
   if (threadIdx.x < kWgmmaProducers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       wait_for_previous_kernel();
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
                                          threadIdx.x - 32, memory);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    take_registers<232>();
     detail::multiply_squares<Shape, kActivation, Y>(args, out, memory);
   }
 #endif

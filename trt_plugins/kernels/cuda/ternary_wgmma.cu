@@ -11,17 +11,7 @@ cudaError_t launch(const Product& p, const ProductPlan& plan, const Output<Y>& o
   const auto kernel = ternary_wgmma<Shape, kActivation, Y>;
   constexpr auto kBytes = static_cast<std::int64_t>(sizeof(WgmmaMemory<Shape>));
   static_assert(kBytes <= 227 * 1024);
-  const auto ceil_div = [](std::int64_t a, std::int64_t b) {
-    return static_cast<int>((a + b - 1) / b);
-  };
-  const WgmmaArgs args{p.rows,
-                       p.weight,
-                       p.m,
-                       num_blocks(p.k),
-                       ceil_div(p.m, kRows),
-                       ceil_div(out.n, kPlanOutputs),
-                       plan.k_parts,
-                       p.limits};
+  const WgmmaArgs args = wgmma_args(p, out.n, kRows, kPlanOutputs, plan.k_parts);
   const int tiles = args.num_row_tiles * args.num_output_tiles;
   const int at_once = plan.k_parts == 1 ? std::min(tiles, num_sms) : tiles;
   return launch_early(kernel, dim3(static_cast<unsigned>(at_once * plan.k_parts)), kWgmmaThreads,

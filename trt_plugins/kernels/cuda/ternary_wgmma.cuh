@@ -51,6 +51,19 @@ struct WgmmaArgs {
   RowLimits limits;
 };
 
+/// Cuts a product with n outputs into tiles of rows x outputs.
+inline WgmmaArgs wgmma_args(const Product& p, std::int64_t n, int rows, int outputs,
+                            int k_parts = 1) {
+  return {p.rows,
+          p.weight,
+          p.m,
+          num_blocks(p.k),
+          static_cast<int>(detail::ceil_div(p.m, rows)),
+          static_cast<int>(detail::ceil_div(n, outputs)),
+          k_parts,
+          p.limits};
+}
+
 #ifdef TINYLM_HOPPER
 
 namespace detail {
@@ -241,7 +254,7 @@ __device__ inline void multiply_tiles(const WgmmaArgs& args, const WgmmaPart& pa
 
     RowFactors* factors = memory.rows[turn % 2];
     if (thread < kRows) factors[thread] = row_factors(s, row_sum);
-    asm volatile("bar.sync 1, %0;" ::"n"(kWgmmaConsumers) : "memory");
+    named_sync<kWgmmaConsumers>(1);
     const auto store = [&](const auto& sums, int first) {
       constexpr int kChunks = sizeof(sums) / sizeof(Sum) / 8;
       store_rows<kChunks, kActivation, Y>(sums, factors + first, weight_scale, first_row + first,
@@ -301,11 +314,11 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       memory.full[i].init(1);
       memory.empty[i].init(kWgmmaConsumers / 32);
     }
-    fence_barriers();
+    fence_shared_memory();
   }
   __syncthreads();
   if (threadIdx.x < kWgmmaProducers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    give_registers<56>();
     if (threadIdx.x < 32) {
       wait_for_previous_kernel();
       if (threadIdx.x == 0) detail::copy_tiles<Shape>(args, part, memory);
@@ -319,7 +332,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       cluster_sync();
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    take_registers<224>();
     detail::multiply_tiles<Shape, kActivation, Y>(args, part, out, memory);
     if (in_cluster) cluster_sync();
   }
