@@ -75,7 +75,7 @@ def main() -> None:
         run_cases()
         return
     if arguments.show:
-        results = json.loads(arguments.show.read_text(encoding="utf-8"))
+        results = load(arguments.show)
     else:
         results = profile()
         if arguments.out:
@@ -91,6 +91,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--show", type=Path, metavar="JSON", help="an earlier run, not a new one")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)  # what ncu runs
     return parser.parse_args()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what ``--out`` wrote."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kernels = [kernel["kernel"] for case in results["cases"] for kernel in case["kernels"]]
+        log(f"{len(kernels)} kernels on {results['machine']['gpu']['name']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log(f"{path}: expected a file that --out wrote, found something else ({error}).")
+        sys.exit(2)
+    return results
 
 
 def profile() -> dict[str, Any]:
