@@ -206,7 +206,7 @@ def read_cases(output: str, names: list[str]) -> Iterator[dict[str, Any]]:
 
 def _number(value: str, unit: str) -> float:
     """Read a value; times become microseconds, frequencies GHz."""
-    scale = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "Mhz": 1e-3, "Ghz": 1.0}
+    scale = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "hz": 1e-9, "Hz": 1e-9, "Mhz": 1e-3, "Ghz": 1.0}
     return float(value.replace(",", "")) * scale.get(unit, 1.0)
 
 

@@ -30,11 +30,21 @@ namespace detail {
 __device__ inline void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
+/// What is at p in L2, now: past L1 and never merged with another load.
+__device__ inline int load_newest(const std::int32_t* p) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
 /// 16 bytes to shared memory, zeros unless they exist.
 __device__ inline void copy_async(void* to, const void* from, bool exists) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
   const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ inline void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

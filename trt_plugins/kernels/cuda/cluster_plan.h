@@ -10,9 +10,19 @@ namespace tinylm::cuda {
 
 inline constexpr int kClusterHeads = 16;    // of one thread block: the rows of mma.m16n8k16
 inline constexpr int kClusterTokens = 128;  // of one tile: 16 a warp
-inline constexpr int kMinCluster = 2;       // a cluster of one has no remote stores
-inline constexpr int kMaxCluster = 16;      // more than 8 needs the kernel's and the GPU's consent
-inline constexpr int kPortableCluster = 8;
+
+/// Thread blocks of a cluster. One has no remote stores; 16 needs the kernel's and the GPU's
+/// consent.
+inline constexpr int kClusterSizes[] = {2, 4, 8, 16};
+inline constexpr int kMinCluster = 2;
+inline constexpr int kMaxCluster = 16;
+
+/// How many clusters of each size a GPU holds at once, two thread blocks a multiprocessor: fewer
+/// than multiprocessors suggest, since a cluster lies within a group of them. 0 where it takes
+/// none.
+struct ClusterCounts {
+  int of_size[4];
+};
 
 /// Whether latent_cluster() is built for these widths.
 inline bool cluster_takes(const LatentAttentionShape& s) {
@@ -22,20 +32,34 @@ inline bool cluster_takes(const LatentAttentionShape& s) {
   return rank && rope && s.nope_dim % 16 == 0 && s.nope_dim <= 128 && s.value_dim % 16 == 0;
 }
 
-/// Thread blocks of one row and 16 heads: as many as the GPU takes at once, a power of two, two at
-/// least. They share the tokens; where these are few, what comes before and after attention.
-/// @param rows Batch rows times groups of 16 heads.
-/// @param resident Thread blocks that the GPU holds at once.
-/// @param most Of a cluster.
-inline int cluster_blocks(std::int64_t rows, std::int64_t resident, int most = kMaxCluster) {
-  int blocks = kMinCluster;
-  while (2 * blocks <= most && 2 * blocks * rows <= resident) blocks *= 2;
-  return blocks;
+namespace detail {
+
+/// What `rows` take at once, as a part of what one thread block alone would take for a row: fitted
+/// to the README's measurements.
+inline double cluster_turn(std::int64_t rows, int count, int size) {
+  constexpr double kFixed = 0.07;  // before and after a row's tokens
+  constexpr double kShared = 1.6;  // two thread blocks of a multiprocessor, each
+  return kFixed + (2 * rows > count ? kShared : 1.0) / size;
 }
 
-/// Thread blocks on a multiprocessor, by shared memory: two tiles of tokens take most of it.
-inline int cluster_blocks_each(std::int64_t latent_rank, std::int64_t rope_dim) {
-  return round_up(latent_rank, 128) + 2 * rope_dim <= 320 ? 2 : 1;
+}  // namespace detail
+
+/// Thread blocks of one row and 16 heads, so that all rows are done soonest. Rows that don't fit
+/// wait for a turn of their own.
+/// @param rows Batch rows times groups of 16 heads.
+inline int cluster_blocks(std::int64_t rows, const ClusterCounts& counts) {
+  int best = kMinCluster;
+  double least = 0.0;
+  for (int i = 0; i < 4; ++i) {
+    const int count = counts.of_size[i], size = kClusterSizes[i];
+    if (count == 0) continue;
+    double time = static_cast<double>(rows / count) * detail::cluster_turn(count, count, size);
+    if (rows % count != 0) time += detail::cluster_turn(rows % count, count, size);
+    if (least != 0.0 && time > least) continue;
+    best = size;
+    least = time;
+  }
+  return best;
 }
 
 }  // namespace tinylm::cuda

@@ -289,11 +289,14 @@ __device__ inline void send_queries(const ClusterPlace& at, const unsigned char*
   constexpr int kPieces = Memory::kQueryStride / 16;
   const int first = Memory::kQuery + at.rank * at.heads_each() * Memory::kQueryStride;
   const int pieces = at.heads_here() * kPieces;
-  for (int i = threadIdx.x; i < pieces * (at.size - 1); i += kAttendThreads) {
-    const int to = (at.rank + 1 + i / pieces) % at.size, offset = first + 16 * (i % pieces);
-    detail::store_remote(cluster_address(at.memory + offset, to),
-                         *reinterpret_cast<const float4*>(memory + offset),
-                         cluster_address(at.memory + Memory::kBarriers, to));
+  for (int other = 1 + at.warp; other < at.size; other += kClusterWarps) {
+    const int to = (at.rank + other) & (at.size - 1);
+    const std::uint32_t there = cluster_address(at.memory + first, to);
+    const std::uint32_t arrival = cluster_address(at.memory + Memory::kBarriers, to);
+    for (int i = at.lane; i < pieces; i += 32) {
+      detail::store_remote(there + 16 * i,
+                           *reinterpret_cast<const float4*>(memory + first + 16 * i), arrival);
+    }
   }
 }
 

@@ -20,11 +20,6 @@ __device__ inline float log2_fast(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ inline float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 /// 2^(x - most), where nothing is there yet: 0.
 __device__ inline float weight_of(float x, float most) {
   return x == -INFINITY ? 0.0F : exp2_fast(x - most);
@@ -65,8 +60,7 @@ __device__ inline void combine_parts(const ClusterPlace& at, const unsigned char
   }
 }
 
-/// y = W_uv times the mean latents of this thread block's heads: a warp takes 16 values of a head
-/// at a time.
+/// 16 rows of W_uv and their scales.
 template <int kRank>
 struct ValueCodes {
   static constexpr int kBlocks = (kRank + 127) / 128;

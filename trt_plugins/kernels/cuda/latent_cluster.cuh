@@ -34,6 +34,33 @@ __device__ inline int rope_swizzle(int token) {
   return (kRope == 32 ? token >> 1 : token) & (kRope / 16 - 1);
 }
 
+/// Copies `count` of 16 rows of kPieces times 16 bytes, by a warp; zeros follow.
+/// @param swizzle Of a row: what its pieces' numbers are changed by, bit by bit.
+template <int kPieces, int kStride, typename Swizzle>
+__device__ inline void copy_rows(int lane, const void* rows, int count, unsigned char* to,
+                                 Swizzle swizzle) {
+  const auto* from = static_cast<const unsigned char*>(rows) + 16 * lane;
+  if constexpr (32 % kPieces == 0) {
+    if (count >= 16) {  // few instructions: the addresses differ by constants
+      constexpr int kRows = 32 / kPieces;
+      const int row = lane / kPieces, piece = lane % kPieces ^ swizzle(row);
+      to += row * kStride;
+#pragma unroll
+      for (int i = 0; i < kPieces / 2; ++i) {
+        copy_async(to + i * kRows * kStride + (piece ^ swizzle(i * kRows)) * 16, from + 512 * i);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPieces / 2; ++i) {
+    const int row = (lane + 32 * i) / kPieces, piece = (lane + 32 * i) % kPieces;
+    const bool exists = row < count;
+    copy_async(to + row * kStride + (piece ^ swizzle(row)) * 16, from + (exists ? 512 * i : 0),
+               exists);
+  }
+}
+
 /// Copies a warp's 16 tokens of a tile, those before `limit`.
 template <int kRank, int kRope, typename T>
 __device__ inline void copy_tokens(const LatentArgs<T>& args, const ClusterPlace& at, int first,
@@ -41,27 +68,14 @@ __device__ inline void copy_tokens(const LatentArgs<T>& args, const ClusterPlace
   using Memory = ClusterMemory<kRank, kRope>;
   first += 16 * at.warp;
   if (first >= limit) return;
-  constexpr int kPieces = kRank / 16;
   const std::int64_t slot = static_cast<std::int64_t>(at.b) * args.capacity + first;
-  unsigned char* latent = stage + 16 * at.warp * Memory::kLatentStride;
-  const std::int8_t* from = args.latent + slot * kRank;
-#pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int piece = at.lane + 32 * i, row = piece / kPieces, column = piece % kPieces;
-    const bool exists = first + row < limit;
-    copy_async(latent + row * Memory::kLatentStride + (column ^ swizzle(row)) * 16,
-               from + (exists ? 16 * piece : 0), exists);
-  }
-  constexpr int kKeyPieces = kRope / 8, kKeyBytes = 2 * kRope;
-  unsigned char* rope = stage + Memory::kStageRope + 16 * at.warp * kKeyBytes;
-  const T* keys = args.rope + slot * kRope;
-#pragma unroll
-  for (int i = 0; i < kKeyPieces / 2; ++i) {
-    const int piece = at.lane + 32 * i, row = piece / kKeyPieces, column = piece % kKeyPieces;
-    const bool exists = first + row < limit;
-    copy_async(rope + row * kKeyBytes + (column ^ rope_swizzle<kRope>(row) << 1) * 16,
-               keys + (exists ? 8 * piece : 0), exists);
-  }
+  copy_rows<kRank / 16, Memory::kLatentStride>(at.lane, args.latent + slot * kRank, limit - first,
+                                               stage + 16 * at.warp * Memory::kLatentStride,
+                                               [](int row) { return swizzle(row); });
+  constexpr int kKeyBytes = 2 * kRope;
+  copy_rows<kRope / 8, kKeyBytes>(at.lane, args.rope + slot * kRope, limit - first,
+                                  stage + Memory::kStageRope + 16 * at.warp * kKeyBytes,
+                                  [](int row) { return rope_swizzle<kRope>(row) << 1; });
   if (at.lane < 16 && first + at.lane < limit) {
     const auto to = shared_address(stage + Memory::kStageScale + 4 * (16 * at.warp + at.lane));
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to),
@@ -332,11 +346,23 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
   if (has_head) scaling.load_scales(args, at);
   if (appends) fresh_token.load_norm(args, at.lane);
   prefetch_row<kRank, kRope>(args, at);
+  // Angles take long: they are those of the position that is there already, until it proves wrong.
+  const auto angle_at = [&](int position) {
+    float2 angle{};
+    if (at.lane < kRope / 2) rotary(args.frequencies, position, at.lane, angle.x, angle.y);
+    return angle;
+  };
+  int expected = 0;
+  float2 angle{};
+  if (!attends) {
+    expected = detail::load_newest(args.past_lens + at.b);
+    angle = angle_at(expected);
+  }
   wait_for_previous_kernel();
   launch_next_kernel();
 
   // Loads that others wait for come, and have arrived, before those of tokens are asked for.
-  at.position = args.past_lens[at.b];
+  at.position = detail::load_newest(args.past_lens + at.b);
   const bool valid = args.seq_lens[at.b] > 0;
   if (has_head) {
     scaling.load_query(args, at);
@@ -370,10 +396,7 @@ __device__ inline void latent_cluster_row(const LatentArgs<T>& args, unsigned ch
       detail::commit_copies();
     }
   } else {
-    float2 angle{};
-    if (at.lane < kRope / 2) {
-      rotary(args.frequencies, at.position, at.lane, angle.x, angle.y);
-    }
+    if (at.position != expected) angle = angle_at(at.position);
     if (!appends) {
       rotation.store(args, at, angle, memory);
     } else if (owns_fresh) {

@@ -18,10 +18,17 @@ cudaError_t allow_shared_memory(Kernel kernel, std::int64_t bytes) {
 }
 
 /// Of the current GPU.
-inline cudaError_t count_multiprocessors(int& count) {
+inline cudaError_t get_attribute(cudaDeviceAttr attribute, int& value) {
   int device = 0;
   if (const auto error = cudaGetDevice(&device)) return error;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return cudaDeviceGetAttribute(&value, attribute, device);
+}
+inline cudaError_t count_multiprocessors(int& count) {
+  return get_attribute(cudaDevAttrMultiProcessorCount, count);
+}
+/// Dynamic shared memory that a thread block may have.
+inline cudaError_t most_shared_bytes(int& bytes) {
+  return get_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
 }
 
 /// Whether the current GPU, Hopper or newer, lets a kernel begin before the one before it ends.

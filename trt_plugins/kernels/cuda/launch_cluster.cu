@@ -6,30 +6,34 @@ namespace tinylm::cuda {
 
 namespace {
 
-/// Most thread blocks of a kernel's cluster: not every Hopper has 16 multiprocessors side by side.
 template <typename Kernel>
-int largest_cluster(Kernel kernel, int bytes) {
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim = {kMaxCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMaxCluster);
-  config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-  config.attrs = &size;
-  config.numAttrs = 1;
-  int count = 0;
-  const bool fits =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess && count > 0;
-  return fits ? kMaxCluster : kPortableCluster;
+ClusterCounts count_clusters(Kernel kernel, int bytes) {
+  // Without this consent 16 is refused.
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                       cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  ClusterCounts counts{};
+  for (int i = 0; i < 4; ++i) {
+    const auto size = static_cast<unsigned>(kClusterSizes[i]);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {size, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(kClusterThreads);
+    config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) {
+      counts.of_size[i] = count;
+    }
+  }
+  cudaGetLastError();  // a size that was refused is no error of the launch to come
+  return counts;
 }
 
 template <int kRank, int kRope, typename T>
 cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cudaStream_t stream) {
-  int multiprocessors = 0;
-  if (const auto error = count_multiprocessors(multiprocessors)) return error;
   const int groups = (args.num_heads + kClusterHeads - 1) / kClusterHeads;
   const auto kernel = latent_cluster<kRank, kRope, T>;
   constexpr int kBytes = ClusterMemory<kRank, kRope>::kBytes;
@@ -37,9 +41,8 @@ cudaError_t launch_cluster_of(const LatentArgs<T>& args, std::int64_t batch, cud
   static_assert(kBytes <= kMostBytes, "shared memory");
   if (const auto error = allow_shared_memory(kernel, kBytes)) return error;
   // Asked once, of the first GPU: asking takes longer than the kernel.
-  static const int most = largest_cluster(kernel, kBytes);
-  const int blocks =
-      cluster_blocks(batch * groups, multiprocessors * cluster_blocks_each(kRank, kRope), most);
+  static const ClusterCounts counts = count_clusters(kernel, kBytes);
+  const int blocks = cluster_blocks(batch * groups, counts);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
                   static_cast<unsigned>(batch));
   return launch_early(kernel, grid, kClusterThreads, kBytes, blocks, stream, args);

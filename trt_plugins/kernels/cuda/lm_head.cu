@@ -1,11 +1,11 @@
+#include <algorithm>
+
 #include "launch.cuh"
 #include "lm_head.cuh"
 #include "lm_head.h"
 
 namespace tinylm::cuda {
 namespace {
-
-constexpr std::int64_t kMaxSharedBytes = 200 * 1024;
 
 template <typename T>
 HeadArgs<T> head_args(const LmHeadParams& p) {
@@ -22,32 +22,38 @@ HeadArgs<T> head_args(const LmHeadParams& p) {
 }
 
 template <typename Kernel, typename T>
-cudaError_t launch(Kernel kernel, const HeadArgs<T>& args, int rows, int outputs,
+cudaError_t launch(Kernel kernel, const HeadArgs<T>& args, int rows, int blocks,
                    cudaStream_t stream) {
   const auto bytes = static_cast<std::int64_t>(rows) * head_stride<T>(args.hidden) *
                      static_cast<std::int64_t>(sizeof(T));
-  if (const auto error = allow_shared_memory(kernel, bytes)) return error;
-  const dim3 grid(static_cast<unsigned>((args.vocab + outputs - 1) / outputs),
+  const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>((args.batch + rows - 1) / rows));
-  kernel<<<grid, kHeadThreads, bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(kernel, grid, kHeadThreads, bytes, 1, stream, args);
 }
 
 template <int kTiles, typename T>
 cudaError_t launch_tensor(const HeadArgs<T>& args, cudaStream_t stream) {
+  constexpr int kOutputs = 16 * kHeadWarps;
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
   const auto kernel =
       args.hidden % 8 == 0 ? lm_head_tensor<kTiles, true, T> : lm_head_tensor<kTiles, false, T>;
-  return launch(kernel, args, 8 * kTiles, 16 * kHeadWarps, stream);
+  const int blocks = std::min((args.vocab + kOutputs - 1) / kOutputs, num_sms);
+  return launch(kernel, args, 8 * kTiles, blocks, stream);
 }
 
 cudaError_t run(const HeadArgs<float>& args, cudaStream_t stream) {
-  return launch(lm_head_float, args, kHeadFloatRows, kHeadFloatOutputs * kHeadWarps, stream);
+  constexpr int kOutputs = kHeadFloatOutputs * kHeadWarps;
+  const int blocks = (args.vocab + kOutputs - 1) / kOutputs;
+  return launch(lm_head_float, args, kHeadFloatRows, blocks, stream);
 }
 
 template <typename T>
 cudaError_t run(const HeadArgs<T>& args, cudaStream_t stream) {
   const std::int64_t row_bytes = head_stride<T>(args.hidden) * 2;
-  const auto fits = [&](int tiles) { return 8 * tiles * row_bytes <= kMaxSharedBytes; };
+  int most = 0;
+  if (const auto error = most_shared_bytes(most)) return error;
+  const auto fits = [&](int tiles) { return 8 * tiles * row_bytes <= most; };
   if (args.batch > 32 && fits(8)) return launch_tensor<8>(args, stream);
   if (args.batch > 16 && fits(4)) return launch_tensor<4>(args, stream);
   if (args.batch > 8 && fits(2)) return launch_tensor<2>(args, stream);

@@ -82,11 +82,10 @@ cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStrea
   int num_sms = 0;
   if (const auto error = count_multiprocessors(num_sms)) return error;
   const auto tiles = static_cast<int>((p.n + 15) / 16);
-  // One thread block for each multiprocessor, since each quantises the row.
-  const int each = std::min((tiles + num_sms - 1) / num_sms, Shape::kMostTiles);
-  const int blocks = num_blocks(p.k);
-  const RowWeights weights{p.weight, blocks, tiles, each,
-                           blocks_per_warp(blocks, each, Shape::kWarps)};
+  // Two thread blocks for each multiprocessor, since each quantises the row.
+  const int each = std::min((tiles + 2 * num_sms - 1) / (2 * num_sms), Shape::kMostTiles);
+  const int blocks = num_blocks(p.k), parts = warps_of_tile(blocks, each, Shape::kWarps);
+  const RowWeights weights{p.weight, blocks, tiles, each, parts, blocks / parts};
   return launch_early(ternary_gemv_row<Shape, kActivation, T>,
                       dim3(static_cast<unsigned>((tiles + each - 1) / each)), Shape::kThreads,
                       row_shared_bytes<Shape, kActivation>(weights), 1, stream, row_source<T>(p),
@@ -110,9 +109,11 @@ template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
   if (p.m == 1) {
-    if (p.k <= 1024) return launch_row<RowShape<256, 1>, kActivation>(p, out, stream);
-    if (p.k <= 4096) return launch_row<RowShape<512, 2>, kActivation>(p, out, stream);
-    if (p.k <= 8192) return launch_row<RowShape<512, 4>, kActivation>(p, out, stream);
+    if (p.k <= 1024) return launch_row<RowShape<128, 2>, kActivation>(p, out, stream);
+    if (p.k <= 2048) return launch_row<RowShape<256, 2>, kActivation>(p, out, stream);
+    if (p.k <= 3072) return launch_row<RowShape<384, 2>, kActivation>(p, out, stream);
+    if (p.k <= 4096) return launch_row<RowShape<256, 4>, kActivation>(p, out, stream);
+    if (p.k <= 8192) return launch_row<RowShape<256, 8>, kActivation>(p, out, stream);
   }
   if (p.m <= kMostGemvRows && p.k <= 3072 && is_hopper()) {
     if (p.k <= 1024) return launch_rows<2, kActivation>(p, out, stream);

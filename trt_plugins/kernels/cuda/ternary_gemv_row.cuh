@@ -12,15 +12,15 @@
 
 namespace tinylm::cuda {
 
-/// Sizes of one variant: a row of up to 4 * kThreads * kVectors inputs.
-/// Two thread blocks fit on a multiprocessor, so that the next layer's fetches its weights while
-/// this one's is at work.
+/// Sizes of one variant: a row of up to 4 * kThreads * kVectors inputs. Small thread blocks, two or
+/// more on a multiprocessor: one quantises while another multiplies, and the next layer's fetch
+/// their weights meanwhile.
 template <int kThreads_, int kVectors_>
 struct RowShape {
   static constexpr int kThreads = kThreads_, kVectors = kVectors_;
   static constexpr int kSlots = 8;  // blocks of weights on their way to a warp
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kMostTiles = 8;  // 16 outputs each, of one thread block
+  static constexpr int kMostTiles = kWarps < 8 ? kWarps : 8;  // 16 outputs each, of a thread block
 };
 
 struct RowWeights {
@@ -28,15 +28,15 @@ struct RowWeights {
   int num_blocks;       // K / 128, rounded up
   int num_tiles;        // N / 16, rounded up
   int tiles_per_block;  // of a thread block
-  int blocks_per_warp;  // a divisor of num_blocks
+  int parts;            // warps that share a tile's blocks equally
+  int blocks_per_warp;  // num_blocks / parts
 };
 
-/// The least part of a tile's blocks that a warp can have if no more warps than there are shall
-/// have all tiles.
-inline int blocks_per_warp(int num_blocks, int tiles, int warps) {
+/// How many warps can share each tile's blocks equally if there are so many for all tiles.
+inline int warps_of_tile(int num_blocks, int tiles, int warps) {
   int parts = std::min(warps / tiles, num_blocks);
   while (num_blocks % parts != 0) --parts;
-  return num_blocks / parts;
+  return parts;
 }
 
 /// Shared memory: the slots, then the warps' sums int [kWarps][16], then the quantised row
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     ternary_gemv_row(RowSource<T> source, RowWeights weights, Output<T> out) {
   constexpr int kDigits = num_digits(kActivation), kWarps = Shape::kWarps;
   constexpr int kSlotsBytes = Shape::kSlots * kWeightBlockBytes;
+  constexpr int kPair = 2;  // blocks that a warp waits for at once
   extern __shared__ __align__(16) std::uint8_t gemv_memory[];
   __shared__ typename RowReduction<Shape::kThreads>::Memory reduction;
   RowReduction<Shape::kThreads> reduce{&reduction};
@@ -88,6 +89,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int num_tiles = min(weights.tiles_per_block, weights.num_tiles - first_tile);
   const int first_block = warp * weights.blocks_per_warp;
   const int my_blocks = first_block < num_tiles * weights.num_blocks ? weights.blocks_per_warp : 0;
+  int part = warp;
+  while (part >= weights.parts) part -= weights.parts;  // a division would take longer
   std::uint8_t* slots = gemv_memory + warp * kSlotsBytes + lane * 16;
   const std::uint8_t* packed =
       weights.packed + lane * 16 +
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     if (i < my_blocks) {
       detail::copy_async(slots + i * kWeightBlockBytes, packed + i * kWeightBlockBytes, true);
     }
-    detail::commit_copies();
+    if (i % kPair == kPair - 1) detail::commit_copies();
   }
 
   // The output that this thread will store.
@@ -125,18 +128,32 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   reduce.leave_sum(sum);
   __syncthreads();
 
-  const std::uint8_t* at = q + t * 16 + first_block % weights.num_blocks * kBlockInputs;
+  const std::uint8_t* at = q + t * 16 + part * weights.blocks_per_warp * kBlockInputs;
   int acc[kDigits][2][4] = {};
   for (int first = 0; first < my_blocks; first += Shape::kSlots) {
     packed += kSlotsBytes;
 #pragma unroll
-    for (int slot = 0; slot < Shape::kSlots; ++slot) {
+    for (int slot = 0; slot < Shape::kSlots; slot += kPair) {
       if (first + slot >= my_blocks) break;
-      detail::wait_for_copies<Shape::kSlots - 1>();
-      auto* words = reinterpret_cast<uint4*>(slots + slot * kWeightBlockBytes);
-      detail::add_row_block<kDigits>(acc, *words, at + slot * kBlockInputs, k_padded);
-      if (first + slot + Shape::kSlots < my_blocks) {
-        detail::copy_async(words, packed + slot * kWeightBlockBytes, true);
+      detail::wait_for_copies<Shape::kSlots / kPair - 1>();
+      uint4 words[kPair];
+#pragma unroll
+      for (int i = 0; i < kPair; ++i) {
+        words[i] = first + slot + i < my_blocks
+                       ? *reinterpret_cast<uint4*>(slots + (slot + i) * kWeightBlockBytes)
+                       : uint4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kPair; ++i) {
+        const int row = first + slot + i < my_blocks ? slot + i : slot;
+        detail::add_row_block<kDigits>(acc, words[i], at + row * kBlockInputs, k_padded);
+      }
+#pragma unroll
+      for (int i = 0; i < kPair; ++i) {
+        if (first + slot + i + Shape::kSlots < my_blocks) {
+          detail::copy_async(slots + (slot + i) * kWeightBlockBytes,
+                             packed + (slot + i) * kWeightBlockBytes, true);
+        }
       }
       detail::commit_copies();
     }
@@ -155,10 +172,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   }
   __syncthreads();
   if (!has_output) return;
-  const int parts_per_tile = weights.num_blocks / weights.blocks_per_warp;
-  const int* tile_parts = parts + threadIdx.x / 16 * parts_per_tile * 16 + threadIdx.x % 16;
+  const int* tile_parts = parts + threadIdx.x / 16 * weights.parts * 16 + threadIdx.x % 16;
   int value = 0;
-  for (int i = 0; i < parts_per_tile; ++i) value += tile_parts[i * 16];
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < weights.parts) value += tile_parts[i * 16];
+  }
   RowOutput<T>(out, 0, {s, reduce.row_sum()})
       .template store<kActivation>(column, value, weight_scale);
 }

@@ -123,15 +123,15 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
 #pragma unroll
   for (int i = 0; i < 4; ++i) parts[warp][2 * t + i % 2][g + i / 2 * 8] = sums[i];
   __syncthreads();
-  for (int i = threadIdx.x; i < 16 * num_tiles * m; i += kRowsThreads) {
-    const int in_block = i % (16 * num_tiles), of_row = i / (16 * num_tiles);
+  if (my_row >= m) return;
+  for (int in_block = thread; in_block < 16 * num_tiles; in_block += kThreadsPerRow) {
     const int column = first_tile * 16 + in_block;
     if (column >= out.n) continue;
     int sum = 0;
     for (int j = 0; j < weights.k_parts; ++j) {
-      sum += parts[in_block / 16 * weights.k_parts + j][of_row][in_block % 16];
+      sum += parts[in_block / 16 * weights.k_parts + j][my_row][in_block % 16];
     }
-    RowOutput<T>(out, of_row, scales[of_row])
+    RowOutput<T>(out, my_row, scales[my_row])
         .template store<kActivation>(column, sum, column_scales[in_block]);
   }
 }

@@ -91,12 +91,12 @@ TINYLM_TEST_API const char* tinylm_latent_attention_unsupported(const AttentionS
 }
 
 /// Thread blocks that share a row in decode, or 0 where clusters don't take the shape.
-TINYLM_TEST_API int tinylm_decode_cluster(const AttentionSizes* sizes, int multiprocessors) {
+/// @param counts Clusters of 2, 4, 8 and 16 that a GPU holds.
+TINYLM_TEST_API int tinylm_decode_cluster(const AttentionSizes* sizes, const int* counts) {
   const LatentAttentionShape shape = shape_of(*sizes);
   if (!cluster_takes(shape)) return 0;
   const std::int64_t groups = (shape.num_heads + kClusterHeads - 1) / kClusterHeads;
-  return cluster_blocks(sizes->batch * groups,
-                        multiprocessors * cluster_blocks_each(shape.latent_rank, shape.rope_dim));
+  return cluster_blocks(sizes->batch * groups, {{counts[0], counts[1], counts[2], counts[3]}});
 }
 
 TINYLM_TEST_API int tinylm_latent_attention(const AttentionSizes* sizes, const void* qkv,
