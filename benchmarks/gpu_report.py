@@ -9,7 +9,7 @@ from typing import Any
 import gpu_gemm
 from bench_records import Verdict, median
 from bench_tables import section_table, show_notes, target_table
-from gpu_roofline import BF16, COPY, INT8, floor_micros, peak
+from gpu_roofline import BF16, COPY, floor_micros, peak, peak_8bit
 from gpu_timing import GpuRecord
 from rich.console import Console
 from rich.table import Table
@@ -111,6 +111,9 @@ def _draw_times(plt: Any, records: Sequence[GpuRecord]) -> Any:
     for axis, shape in zip(axes.flat, shapes, strict=False):
         mine = [record for record in gemm if record.case.partition(" ")[0] == shape]
         _times_panel(axis, mine, shape)
+    if shapes:
+        lines = axes.flat[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=len(lines[0]))
     if attention:
         _attention_panel(axes.flat[len(shapes)], attention)
     return figure
@@ -124,8 +127,11 @@ def _times_panel(axis: Any, records: Sequence[GpuRecord], shape: str) -> None:
         axis.plot(rows, [median(record) for record in mine], style, label=name)
     axis.set(xscale="log", yscale="log", title=f"N x K = {shape}, microseconds", xlabel="M")
     axis.set_xticks(gpu_gemm.ROWS, [str(rows) for rows in gpu_gemm.ROWS])
+    low, high = axis.get_ylim()
+    ticks = [n * 10**e for e in range(-1, 5) for n in (1, 2, 5) if low <= n * 10**e <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
 
 
 def _attention_panel(axis: Any, records: Sequence[GpuRecord]) -> None:
@@ -154,8 +160,8 @@ def _draw_roofline(plt: Any, records: Sequence[GpuRecord]) -> Any:
     figure, axis = plt.subplots(figsize=(12, 8), constrained_layout=True)
     intensities = [x for places in points.values() for x, _ in places]
     ends = [min(intensities), max(intensities)]
-    for case, style in ((INT8, "k-"), (BF16, "k:")):
-        top = peak(records, case)
+    tops = (("8-bit GEMM", peak_8bit(records), "k-"), (BF16, peak(records, BF16), "k:"))
+    for case, top, style in tops:
         if top is not None:
             knee = [top / bandwidth] if ends[0] < top / bandwidth < ends[1] else []
             roof = [(x, min(top, x * bandwidth) / 1e12) for x in sorted(ends + knee)]

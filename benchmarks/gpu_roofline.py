@@ -47,13 +47,19 @@ def peak(records: Sequence[Record], case: str) -> float | None:
     return None if found is None else 1e12 * median(found)
 
 
+def peak_8bit(records: Sequence[Record]) -> float | None:
+    """Return operations a second of int8 or fp8, whichever was faster: they have one rate."""
+    found = [rate for case in (INT8, FP8) if (rate := peak(records, case)) is not None]
+    return max(found, default=None)
+
+
 def floor_micros(record: GpuRecord, records: Sequence[Record]) -> float | None:
     """Return the least microseconds of a case on this GPU; None if that was not measured.
 
-    Prefill attention computes in bfloat16; everything else could in int8.
+    Prefill attention computes in bfloat16; everything else could in 8 bits.
     """
     bandwidth = peak(records, COPY)
-    ops = peak(records, BF16 if record.case.startswith("prefill") else INT8)
+    ops = peak(records, BF16) if record.case.startswith("prefill") else peak_8bit(records)
     if bandwidth is None or ops is None or not record.num_bytes or not record.num_ops:
         return None
     return 1e6 * max(record.num_bytes / bandwidth, record.num_ops / ops)

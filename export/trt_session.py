@@ -300,7 +300,13 @@ class TrtSession:
         context.set_tensor_address("input_ids", input_ids.data_ptr())
         outputs = {}
         for name in self._extra_outputs:
-            shape = tuple(context.get_tensor_shape(name))
+            try:
+                shape = tuple(context.get_tensor_shape(name))
+            except ValueError as error:  # TensorRT's dimensions of what it can't work out
+                raise ExportError(
+                    f"{self.directory}: TensorRT can't run {tuple(input_ids.shape)} tokens: "
+                    f"{self._loaded.logger.last()}. Give it fewer rows or shorter ones."
+                ) from error
             outputs[name] = torch.empty(shape, dtype=self._dtypes[name], device="cuda")
             context.set_tensor_address(name, outputs[name].data_ptr())
         return outputs

@@ -27,7 +27,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Fewer under compute-sanitizer (tools/gpu_sanitize.sh), which makes everything slow.
 NUM_SHAPES = int(os.environ.get("TINYLM_NUM_SHAPES", "500"))
-NUM_REPEATS = 20
+NUM_REPEATS = int(os.environ.get("TINYLM_NUM_REPEATS", "20"))
 
 
 def ternary(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -229,6 +229,12 @@ class TestTargets:
         assert len(verdicts) == 14 + 7 + 5
         assert [verdict for verdict in verdicts if verdict.holds is not True] == []
 
+    def test_eight_bits_have_the_roof_of_the_faster_library(self) -> None:
+        faster = made("roofline", "fp8 GEMM", "torch", 4000.0, None)
+        text = "M=2048, int8: 80% of the measured roofline"
+        found = verdict_on(judge([*a_run(), faster]), text)
+        assert found.holds is False and found.measured.startswith("25% ")
+
     def test_only_what_was_run_is_judged(self) -> None:
         gemm = [record for record in a_run() if record.section in ("roofline", "gemm")]
         assert len(judge(gemm)) == 14

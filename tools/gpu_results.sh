@@ -14,7 +14,8 @@
 #   speed     benchmarks/gpu.py, with these engines where they are
 #   counters  what limits the kernels, by ncu
 #
-# DEMO names a folder as tools/demo.sh makes it: a trained model goes through `engines` too.
+# DEMO names a folder as tools/demo.sh makes it: a trained model goes through `engines` too. Where
+# `datasets` is missing, TINYLM_CACHE must name the cache in which demo.sh left its text's tokens.
 # WORK is where models and engines are kept between calls. Like gpu_tests.sh it installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -104,7 +105,8 @@ run_engines() {
     return $status
 }
 
-run_bench() { engines --part bench --batch-size 1 --batch-size 8 --prompt-len 512; }
+# PyTorch runs on the CPU in it, which takes minutes for more rows; gpu.py times engines with more.
+run_bench() { engines --part bench --batch-size 1 --prompt-len 512; }
 
 run_speed() {
     local models=()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The CUDA kernels' tests under compute-sanitizer, on a few shapes: tools/gpu_sanitize.sh [PYTHON]
 # memcheck finds accesses outside of memory, racecheck races on shared memory. Like gpu_tests.sh it
-# takes the Python and the libraries that are there. PROCESSES share the tests.
+# takes the Python and the libraries that are there. PROCESSES share the tests. TINYLM_NUM_SHAPES and
+# TINYLM_NUM_REPEATS say how much each test does, by default less for racecheck, which is far slower.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:-python3}
@@ -15,7 +16,7 @@ fi
 mkdir -p build/import
 ln -sfn ../../export build/import/tinylm_export
 export PYTHONPATH=$PWD/build/import:$PWD${PYTHONPATH:+:$PYTHONPATH}
-export TINYLM_NUM_SHAPES=${TINYLM_NUM_SHAPES:-16} TINYLM_REQUIRE_GPU=1
+export TINYLM_REQUIRE_GPU=1
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else one tensor's end is another's beginning
 pytest=("$python" -m pytest -q -m gpu -p no:cacheprovider)
 collected=$("${pytest[@]}" --collect-only tests/test_cuda_kernels.py) || { echo "$collected" >&2; exit 1; }
@@ -24,12 +25,15 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 failed=0
 for tool in ${TOOLS:-memcheck racecheck}; do
-    echo "== $tool, $TINYLM_NUM_SHAPES shapes a test, ${#tests[@]} tests by $processes processes"
+    shapes=${TINYLM_NUM_SHAPES:-16} repeats=${TINYLM_NUM_REPEATS:-4}
+    [ "$tool" != racecheck ] || shapes=${TINYLM_NUM_SHAPES:-4} repeats=${TINYLM_NUM_REPEATS:-2}
+    echo "== $tool, $shapes shapes a test, ${#tests[@]} tests by $processes processes"
     jobs=()
     for ((first = 0; first < processes && first < ${#tests[@]}; ++first)); do
         mine=()
         for ((i = first; i < ${#tests[@]}; i += processes)); do mine+=("${tests[i]}"); done
-        "$sanitizer" --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=tinylm \
+        TINYLM_NUM_SHAPES=$shapes TINYLM_NUM_REPEATS=$repeats \
+            "$sanitizer" --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=tinylm \
             "${pytest[@]}" "${mine[@]}" >"$logs/$first" 2>&1 &
         jobs+=($!)
     done
