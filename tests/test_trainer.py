@@ -1,6 +1,7 @@
 import json
 import math
 import resource
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def test_training_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
     saved = json.loads((tmp_path / "training_config.json").read_text())
     assert saved["model"]["eos_token_id"] == 2 and saved["training"]["max_steps"] == 60
+
+
+def test_without_tensorboard_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [
+        n for n in sys.modules if n.startswith(("tensorboard", "torch.utils.tensorboard"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(
+        ConfigError, match="pip install tensorboard, or train with --no-tensorboard"
+    ):
+        trainer(tmp_path, logging={"log_every": 1, "tensorboard": True}).train()
 
 
 def test_unigram_entropy_is_the_validation_tokens(tmp_path: Path) -> None:

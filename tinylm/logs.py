@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tinylm.errors import ConfigError
+
 Record = dict[str, Any]
 
 
@@ -91,10 +93,19 @@ class TensorBoardLog:
     Args:
         directory: Event files go here.
         resume_step: Events after this step are hidden. None for a new run.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
     """
 
     def __init__(self, directory: Path, *, resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "TensorBoard is not installed: pip install tensorboard, or train with "
+                "--no-tensorboard (metrics.jsonl holds the same numbers)."
+            ) from error
 
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)

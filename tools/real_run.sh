@@ -29,7 +29,7 @@ train() {
         "$python" -m tinylm.cli train --preset "${PRESET:-tinylm-300m}" --data "$data" \
         --out "$out/$name" --max-steps "$steps" --json "$out/$name.json" \
         --recipe two-stage --warmup-steps 200 --batch-size 32 --grad-accum-steps 2 \
-        --compile --eval-every 250 --save-every 1000000 --keep-last 1 \
+        --compile --no-tensorboard --eval-every 250 --save-every 1000000 --keep-last 1 \
         --sample-prompt "The President of the United States" "$@" "${resume[@]}"
 }
 
