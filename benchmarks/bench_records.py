@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tinylm_export.bench_report import Spread
 
@@ -104,3 +106,13 @@ def num_copies(bytes_each: int, cold_bytes: int) -> int:
 def log(message: str) -> None:
     """Say on stderr what goes on."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def expecting_results(path: Path) -> Iterator[None]:
+    """End with a message if the file that is read inside is not one that ``--out`` wrote."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log(f"{path}: expected a file that --out wrote, found something else ({error}).")
+        sys.exit(2)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_records import log
+from bench_records import expecting_results, log
 from gpu_timing import CALLS, REPEATS, GpuRecord, Stopwatch
 from rich.console import Console
 
@@ -182,17 +182,15 @@ def save(path: Path, machine: dict[str, Any], records: list[GpuRecord], repeats:
 
 def load(path: Path) -> tuple[dict[str, Any], list[GpuRecord]]:
     """Read what :func:`save` wrote: the machine and the records."""
-    try:
+    with expecting_results(path):
         results = json.loads(path.read_text(encoding="utf-8"))
         records = []
         for values in results["records"]:
             spread = values["spread"]
             values["spread"] = None if spread is None else Spread(**spread)
             records.append(GpuRecord(**values))
-        return results["machine"], records
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log(f"{path}: expected a file that --out wrote, found something else ({error}).")
-        sys.exit(2)
+        machine: dict[str, Any] = results["machine"]
+    return machine, records
 
 
 def report(records: list[GpuRecord], machine: dict[str, Any], *, plot: Path | None) -> None:

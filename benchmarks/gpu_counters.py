@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_records import log
+from bench_records import expecting_results, log
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +48,11 @@ COUNTERS = {
     "registers": "Registers Per Thread",
     "thread blocks": "Grid Size",
     "threads": "Block Size",
+}
+# ncu chooses units by size.
+_UNITS = {
+    "us": {"ns": 1e-3, "us": 1.0, "ms": 1e3},
+    "SM GHz": {"hz": 1e-9, "mhz": 1e-3, "ghz": 1.0},
 }
 # N, K, M with int8 activations.
 GEMM_CASES = (
@@ -95,13 +100,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(path: Path) -> dict[str, Any]:
     """Read what ``--out`` wrote."""
-    try:
+    with expecting_results(path):
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kernels = [kernel["kernel"] for case in results["cases"] for kernel in case["kernels"]]
         log(f"{len(kernels)} kernels on {results['machine']['gpu']['name']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log(f"{path}: expected a file that --out wrote, found something else ({error}).")
-        sys.exit(2)
     return results
 
 
@@ -193,7 +195,10 @@ def read_cases(output: str, names: list[str]) -> Iterator[dict[str, Any]]:
         kernel = kernels.setdefault(row["ID"], {"kernel": name})
         for column, metric in COUNTERS.items():
             if row["Metric Name"] == metric:
-                kernel[column] = _number(row["Metric Value"], row["Metric Unit"])
+                number = float(row["Metric Value"].replace(",", ""))
+                scale = _scale(column, row["Metric Unit"])
+                if scale is not None:
+                    kernel[column] = number * scale
     found: list[list[dict[str, Any]]] = []
     for identity, kernel in kernels.items():
         if identity in markers:
@@ -204,10 +209,14 @@ def read_cases(output: str, names: list[str]) -> Iterator[dict[str, Any]]:
         yield {"case": name, "kernels": run}
 
 
-def _number(value: str, unit: str) -> float:
-    """Read a value; times become microseconds, frequencies GHz."""
-    scale = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "hz": 1e-9, "Hz": 1e-9, "Mhz": 1e-3, "Ghz": 1.0}
-    return float(value.replace(",", "")) * scale.get(unit, 1.0)
+def _scale(column: str, unit: str) -> float | None:
+    """Return what makes a column's unit of ncu's; None, and say so, where that is not known."""
+    if column not in _UNITS:
+        return 1.0
+    scale = _UNITS[column].get(unit.lower())
+    if scale is None:
+        log(f"{column} is left out: expected {', '.join(_UNITS[column])}, found {unit!r}.")
+    return scale
 
 
 def show(results: dict[str, Any]) -> None:

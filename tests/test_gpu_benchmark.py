@@ -372,6 +372,15 @@ def test_counters_are_read_by_case() -> None:
     ]
 
 
+def test_a_unit_that_is_not_known_leaves_its_counter_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = NCU_OUTPUT.replace('"Mhz"', '"furlongs"')
+    first, _ = gpu_counters.read_cases(output, ["first", "second"])
+    assert first["kernels"][1] == {"kernel": "product"}
+    assert "SM GHz is left out: expected hz, mhz, ghz, found 'furlongs'" in capsys.readouterr().err
+
+
 def test_a_case_that_ran_nothing_is_not_taken_for_another() -> None:
     with pytest.raises(ValueError, match="shorter"):
         list(gpu_counters.read_cases(NCU_OUTPUT, ["first", "second", "third"]))

@@ -38,9 +38,9 @@ __device__ inline int load_newest(const std::int32_t* p) {
 }
 /// 16 bytes to shared memory, zeros unless they exist.
 __device__ inline void copy_async(void* to, const void* from, bool exists) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
   const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
                : "memory");
 }
 __device__ inline void copy_async(void* to, const void* from) {

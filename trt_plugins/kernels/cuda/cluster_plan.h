@@ -13,15 +13,16 @@ inline constexpr int kClusterTokens = 128;  // of one tile: 16 a warp
 
 /// Thread blocks of a cluster. One has no remote stores; 16 needs the kernel's and the GPU's
 /// consent.
-inline constexpr int kClusterSizes[] = {2, 4, 8, 16};
-inline constexpr int kMinCluster = 2;
-inline constexpr int kMaxCluster = 16;
+inline constexpr int kNumClusterSizes = 4;
+inline constexpr int kClusterSizes[kNumClusterSizes] = {2, 4, 8, 16};
+inline constexpr int kMinCluster = kClusterSizes[0];
+inline constexpr int kMaxCluster = kClusterSizes[kNumClusterSizes - 1];
 
 /// How many clusters of each size a GPU holds at once, two thread blocks a multiprocessor: fewer
 /// than multiprocessors suggest, since a cluster lies within a group of them. 0 where it takes
 /// none.
 struct ClusterCounts {
-  int of_size[4];
+  int of_size[kNumClusterSizes];
 };
 
 /// Whether latent_cluster() is built for these widths.
@@ -50,7 +51,7 @@ inline double cluster_turn(std::int64_t rows, int count, int size) {
 inline int cluster_blocks(std::int64_t rows, const ClusterCounts& counts) {
   int best = kMinCluster;
   double least = 0.0;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kNumClusterSizes; ++i) {
     const int count = counts.of_size[i], size = kClusterSizes[i];
     if (count == 0) continue;
     double time = static_cast<double>(rows / count) * detail::cluster_turn(count, count, size);

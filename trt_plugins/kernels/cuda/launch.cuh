@@ -27,16 +27,14 @@ inline cudaError_t count_multiprocessors(int& count) {
   return get_attribute(cudaDevAttrMultiProcessorCount, count);
 }
 /// Dynamic shared memory that a thread block may have.
-inline cudaError_t most_shared_bytes(int& bytes) {
+inline cudaError_t max_shared_memory(int& bytes) {
   return get_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
 }
 
 /// Whether the current GPU, Hopper or newer, lets a kernel begin before the one before it ends.
 inline bool can_launch_early() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+  int major = 0;
+  return get_attribute(cudaDevAttrComputeCapabilityMajor, major) == cudaSuccess && major >= 9;
 }
 
 /// Launches a kernel that may begin before the stream's kernel before it ends, and so calls

@@ -12,7 +12,7 @@ ClusterCounts count_clusters(Kernel kernel, int bytes) {
   cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                        cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   ClusterCounts counts{};
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kNumClusterSizes; ++i) {
     const auto size = static_cast<unsigned>(kClusterSizes[i]);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -52,7 +52,7 @@ template <typename T>
 cudaError_t run(const HeadArgs<T>& args, cudaStream_t stream) {
   const std::int64_t row_bytes = head_stride<T>(args.hidden) * 2;
   int most = 0;
-  if (const auto error = most_shared_bytes(most)) return error;
+  if (const auto error = max_shared_memory(most)) return error;
   const auto fits = [&](int tiles) { return 8 * tiles * row_bytes <= most; };
   if (args.batch > 32 && fits(8)) return launch_tensor<8>(args, stream);
   if (args.batch > 16 && fits(4)) return launch_tensor<4>(args, stream);

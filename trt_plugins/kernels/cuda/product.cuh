@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "fragments.cuh"
+#include "launch.cuh"
 #include "product_plan.h"
 #include "quantize_row.cuh"
 
@@ -18,11 +19,9 @@ inline bool is_hopper() {
 #ifdef __CUDA_ARCH_LIST__
   constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
   constexpr int kHopper = 900;
-  int device = 0, major = 0;
+  int major = 0;
   return std::find(std::begin(kBuilt), std::end(kBuilt), kHopper) != std::end(kBuilt) &&
-         cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
+         get_attribute(cudaDevAttrComputeCapabilityMajor, major) == cudaSuccess && major == 9;
 #else
   return false;
 #endif

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
   for (int i = 0; i < Shape::kSlots; ++i) {
     if (i < my_blocks) {
-      detail::copy_async(slots + i * kWeightBlockBytes, packed + i * kWeightBlockBytes, true);
+      detail::copy_async(slots + i * kWeightBlockBytes, packed + i * kWeightBlockBytes);
     }
     if (i % kPair == kPair - 1) detail::commit_copies();
   }
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
       for (int i = 0; i < kPair; ++i) {
         if (first + slot + i + Shape::kSlots < my_blocks) {
           detail::copy_async(slots + (slot + i) * kWeightBlockBytes,
-                             packed + (slot + i) * kWeightBlockBytes, true);
+                             packed + (slot + i) * kWeightBlockBytes);
         }
       }
       detail::commit_copies();

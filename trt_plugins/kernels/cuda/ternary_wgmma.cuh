@@ -155,7 +155,7 @@ class WeightStream {
   /// Fetches one more, into the slot of what next() gave last.
   __device__ void fetch() {
     if (left_ > 0) {
-      copy_async(slots_ + at_ * 32, from_, true);
+      copy_async(slots_ + at_ * 32, from_);
       from_ += kWeightBlockBytes;
       if (--left_ == 0) {
         tile_ += gridDim.x / args_.k_parts;
