@@ -7,8 +7,8 @@ process and N processes have the same batch each, so the efficiency is
 ``tokens/s of N / (N * tokens/s of 1)``. Then runs with the same global batch on 1 and N processes
 must have the same losses, and a checkpoint of N must go on in 1, and one of 1 in N.
 
-Text and tokenizer are made once in ``--inputs`` from docstrings of the installed packages; their
-tokens are kept there too, so the folder can be carried to a machine without the packages for that.
+``--data`` takes a folder of ``tinylm data prepare``, and any machine with PyTorch will do. Without
+it, text and tokenizer are made once in ``--inputs`` from docstrings of the installed packages.
 What follows ``--`` goes to ``tinylm train``, such as ``-- --compile``.
 """
 
@@ -38,6 +38,7 @@ class Setup:
     """What all runs of a measurement share.
 
     Attributes:
+        data: Folder of ``tinylm data prepare``; None: the files in ``inputs``.
         inputs: Folder of text, tokenizer and tokens.
         work: Folder for runs, emptied after each.
         preset: Model.
@@ -49,6 +50,7 @@ class Setup:
         further: Arguments for ``tinylm train``.
     """
 
+    data: Path | None
     inputs: Path
     work: Path
     preset: str
@@ -73,13 +75,19 @@ def make_inputs(folder: Path) -> None:
 
 def command(setup: Setup, out: Path, processes: int, *further: str) -> list[str]:
     """Return the command line of one run."""
+    if setup.data is not None:
+        source = ["--data", str(setup.data), "--no-verify-data"]
+    else:
+        source = [
+            *("--train-file", str(setup.inputs / "train.jsonl")),
+            *("--val-file", str(setup.inputs / "val.jsonl")),
+            *("--tokenizer", str(setup.inputs / "tokenizer"), "--num-proc", "1"),
+        ]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), "-m", "tinylm.cli", "train"),
         *("--preset", setup.preset, "--max-seq-len", str(setup.seq_len)),
-        *("--train-file", str(setup.inputs / "train.jsonl")),
-        *("--val-file", str(setup.inputs / "val.jsonl")),
-        *("--tokenizer", str(setup.inputs / "tokenizer"), "--num-proc", "1"),
+        *source,
         *("--out", str(out), "--device", setup.device, "--dropout", "0"),
         *("--warmup-steps", "2", "--eval-every", "1000000", "--sample-tokens", "0"),
         *("--eval-max-tokens", str(4 * setup.seq_len), "--no-tensorboard"),
@@ -106,7 +114,7 @@ def run(setup: Setup, name: str, processes: int, *further: str) -> list[dict[str
         command(setup, out, processes, *further), env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        tail = (done.stdout + done.stderr).splitlines()[-30:]
+        tail = (done.stdout + done.stderr).splitlines()[-60:]
         raise SystemExit("\n".join([f"{name}: exit code {done.returncode}", *tail]))
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == "train"]
@@ -226,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--data", type=Path, help="folder of tinylm data prepare")
     parser.add_argument("--inputs", type=Path, default=Path("build/train_scaling"))
     parser.add_argument("--work", type=Path, default=Path("build/train_scaling/runs"))
     parser.add_argument("--no-losses", action="store_true", help="leave out the comparison")
@@ -235,9 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = given.modes.split(",")
     if given.steps < 2 * given.log_every:
         parser.error(f"--steps must be at least 2 * --log-every, found {given.steps}")
-    make_inputs(given.inputs)
+    if given.data is None:
+        make_inputs(given.inputs)
     shutil.rmtree(given.work, ignore_errors=True)
     setup = Setup(
+        data=given.data,
         inputs=given.inputs,
         work=given.work,
         preset=given.preset,
