@@ -31,6 +31,7 @@ TEXT_BYTES = 1_000_000
 # Float32 sums in another order move weights across the borders between codes: see SHORT_RUN in
 # tests/tolerances.py. bfloat16 has such borders in every product.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-3}
+PARTS = ("speed", "losses")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Setup:
         seq_len: Tokens of a sequence.
         batch_per_process: Sequences a process has in each step.
         steps: Steps of a timed run; the first record, with its warm-up, is left out.
+        loss_steps: Steps of a run whose losses are compared; its middle is where runs change over.
         log_every: Steps a record.
         device: cpu or cuda.
         further: Arguments for ``tinylm train``.
@@ -57,6 +59,7 @@ class Setup:
     seq_len: int
     batch_per_process: int
     steps: int
+    loss_steps: int
     log_every: int
     device: str
     further: tuple[str, ...] = ()
@@ -162,7 +165,7 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
         For each pair of runs: the largest relative difference of a loss, and whether it is within
         the tolerance.
     """
-    half = setup.steps // 2
+    half = setup.loss_steps // 2
     fixed = (
         *("--max-steps", str(2 * half), "--save-every", str(half), "--log-every", "1"),
         *("--batch-size", str(setup.batch_per_process * processes)),
@@ -194,10 +197,12 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
 
 def table(results: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
-    lines = [
-        "| mode | processes | tokens/s | s a step | efficiency | MFU | peak memory, GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
+    if results:
+        lines += [
+            "| mode | processes | tokens/s | s a step | efficiency | MFU | peak memory, GiB |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
     for r in results:
         mfu = f"{r['mfu']:.1%}" if "mfu" in r else ""
         memory = f"{r['peak_memory_bytes'] / 2**30:.2f}" if "peak_memory_bytes" in r else ""
@@ -232,12 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-per-process", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--loss-steps", type=int, default=20)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--data", type=Path, help="folder of tinylm data prepare")
     parser.add_argument("--inputs", type=Path, default=Path("build/train_scaling"))
     parser.add_argument("--work", type=Path, default=Path("build/train_scaling/runs"))
-    parser.add_argument("--no-losses", action="store_true", help="leave out the comparison")
+    parser.add_argument("--part", choices=PARTS, help="default: both, one after the other")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("further", nargs="*", help="arguments for tinylm train, after --")
     given = parser.parse_args(argv)
@@ -255,28 +261,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         seq_len=given.seq_len,
         batch_per_process=given.batch_per_process,
         steps=given.steps,
+        loss_steps=given.loss_steps,
         log_every=given.log_every,
         device=given.device,
         further=tuple(given.further),
     )
-    cases = [("ddp", 1), *((mode, given.processes) for mode in modes)]
-    results = [measure(setup, mode, processes) for mode, processes in cases]
-    add_efficiency(results)
-    comparisons = [] if given.no_losses else compare_losses(setup, modes, given.processes)
-    shutil.rmtree(given.work, ignore_errors=True)
-    print(table(results, comparisons))
-    values = {
+    values: dict[str, Any] = {
         "machine": describe(given.device),
         "preset": given.preset,
         "seq_len": given.seq_len,
         "batch_per_process": given.batch_per_process,
         "arguments": given.further,
-        "results": results,
-        "same_global_batch": comparisons,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(c["agrees"] for c in comparisons) else 1
+    for part in PARTS if given.part is None else (given.part,):
+        if part == "speed":
+            cases = [("ddp", 1), *((mode, given.processes) for mode in modes)]
+            values[part] = [measure(setup, mode, processes) for mode, processes in cases]
+            add_efficiency(values[part])
+        else:
+            values[part] = compare_losses(setup, modes, given.processes)
+        # After each part: what a later one's failure can't take away.
+        given.out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(given.work, ignore_errors=True)
+    print(table(values.get("speed", ()), values.get("losses", ())))
+    return 0 if all(c["agrees"] for c in values.get("losses", ())) else 1
 
 
 if __name__ == "__main__":

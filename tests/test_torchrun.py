@@ -61,7 +61,7 @@ def test_scaling_benchmark_measures_both_engines(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks/train_scaling.py"), "--processes", "2"),
-            *("--modes", "fsdp", "--no-losses", "--device", "cpu", "--preset", "tinylm-test"),
+            *("--modes", "fsdp", "--part", "speed", "--device", "cpu", "--preset", "tinylm-test"),
             *("--seq-len", "32", "--batch-per-process", "2", "--steps", "4", "--log-every", "2"),
             *("--inputs", str(tmp_path / "inputs"), "--work", str(tmp_path / "runs")),
             *("--out", str(tmp_path / "scaling.json"), "--", "--vocab-size", "2048"),
@@ -71,7 +71,7 @@ def test_scaling_benchmark_measures_both_engines(tmp_path: Path) -> None:
         timeout=2 * DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    results = json.loads((tmp_path / "scaling.json").read_text())["speed"]
     assert [(r["mode"], r["processes"]) for r in results] == [("ddp", 1), ("fsdp", 2)]
     single, several = (r["tokens_per_second"] for r in results)
     assert single > 0 and results[0]["efficiency"] == 1.0
