@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "triton": {"quantizers": "triton"},
     "triton-cudnn": {"quantizers": "triton", "attention": "cudnn"},
     "compile": {"compile": True},
+    "compile-torch": {"compile": True, "quantizers": "torch"},
     "compile-cudnn": {"compile": True, "attention": "cudnn"},
     "compile-recompute": {"compile": True, "activation_checkpointing": True},
 }

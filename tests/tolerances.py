@@ -209,3 +209,9 @@ BFLOAT16_RUN = Tolerance(
     reason="as SHORT_RUN, where sums are rounded to 8 bits: gradients of two processes' rows are "
     "rounded before they are added, by 2**-9 of each",
 )
+FUSED_FEED_FORWARD = Tolerance(
+    rtol=0.0,
+    atol=2e-2,
+    reason="distance from float32 over the norm, bfloat16 keeps 8 bits: 1.4e-2 seen where a "
+    "rounding moves int8 codes, and as much for the same layer of PyTorch's operators",
+)

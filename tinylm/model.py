@@ -21,6 +21,7 @@ from tinylm.attention import FlashMLA
 from tinylm.bitlinear import BitLinear, PackedBitLinear, make_linear
 from tinylm.config import Activation, ModelConfig
 from tinylm.errors import ConfigError
+from tinylm.fused_feed_forward import fused_feed_forward
 from tinylm.int8_linear import Int8Linear
 from tinylm.latent_attention import rotary_angles
 from tinylm.latent_cache import LatentCache
@@ -40,9 +41,15 @@ class FeedForward(nn.Module):
         self.up_proj = make_linear(hidden, inner, config)
         self.ffn_sub_norm = RMSNorm(inner, eps=config.norm_eps)
         self.down_proj = make_linear(inner, hidden, config)
+        self.fused = False  # whether training goes through tinylm.fused_feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to normed x [B, S, hidden] -> [B, S, hidden]."""
+        if self.fused:
+            apply = fused_feed_forward(self.gate_proj, x)
+            if apply is not None:
+                gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+                return apply(x, gate, up, self.ffn_sub_norm.weight, down, self.ffn_sub_norm.eps)
         return self.down_proj(self.ffn_sub_norm(self.swiglu(self.gate_proj(x), self.up_proj(x))))
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:

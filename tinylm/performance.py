@@ -46,6 +46,8 @@ def apply_performance(
     quantizers = choose_quantizers(config.quantizers, device)
     for linear in model.bit_linears().values():
         linear.quantizers = quantizers
+    for layer in model.layers:
+        layer.get_submodule("mlp").fused = quantizers == "triton"  # type: ignore[assignment]
     if config.compile:
         _settle_attention(model, config.attention, device, precision)
         for layer in model.layers:
