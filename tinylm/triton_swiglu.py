@@ -2,13 +2,16 @@
 
 These are the widest activations of a layer and the longest chain on them. The forward kernel reads
 gate and up once and writes what the down projection multiplies; the backward kernel computes the
-rest again from gate and up and writes their gradients. The forward one rounds where
-:class:`tinylm.model.FeedForward` does under autocast, but sums in another order; gradients are
-rounded once where autocast does so after each operation.
+rest again from gate and up and writes their gradients. In between all is float32, where
+:class:`tinylm.model.FeedForward` rounds to bfloat16 after each operation under autocast.
 
 With M tokens of width K, ``gate_up`` is [M, 2 K]: gate, then up. With ``scales`` (float32 [3]: of
 gate, up and the gradient) it holds a ternary layer's sums, which ``scales[0 or 1] / s_in`` turns
 into activations, and what is written are int8 codes; without, all are plain activations.
+
+A row is two blocks, each a power of two wide, because one such block would be half empty: 2816
+columns are 2048 and 1024, not 4096. A program goes through many rows, and where arithmetic and not
+memory is the limit, as here, what counts is instructions an element.
 """
 
 # mypy reads the bodies of kernels as Python, which they are not.
@@ -21,33 +24,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylm.triton_quantizers import _INT8_MAX, _MIN_SCALE, _round_and_clamp
+from tinylm.triton_quantizers import _INT8_MAX, _MIN_SCALE, _TO_INTEGER
 
 _PROGRAMS_PER_SM = 4
 _CPU_PROGRAMS = 3  # in the interpreter: fewer than rows, so that programs take several
 
 
 @triton.jit
-def _load(gate_up, s_in, scales, row, column, width, QUANTIZED: tl.constexpr):  # noqa: N803
-    """Return a row of gate and up, rounded as the layers before round them."""
-    dtype = gate_up.dtype.element_ty
-    inside = column < width
+def _gated(gate_up, row, column, inside, width, gate_scale, up_scale):
+    """Return gate and up of a row in float32, the gate's sigmoid, and ``silu(gate) * up``."""
     at = row * 2 * width + column
-    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
-    if QUANTIZED:
-        s = tl.load(s_in + row)
-        gate = (gate * tl.div_rn(tl.load(scales), s)).to(dtype).to(tl.float32)
-        up = (up * tl.div_rn(tl.load(scales + 1), s)).to(dtype).to(tl.float32)
-    return gate, up
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32) * gate_scale
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32) * up_scale
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    return gate, up, sigmoid, gate * sigmoid * up
 
 
 @triton.jit
-def _gated(gate, up, dtype: tl.constexpr):
-    """Return ``silu(gate) * up`` with both roundings, and the sigmoid."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = (gate * sigmoid).to(dtype).to(tl.float32)
-    return (silu * up).to(dtype).to(tl.float32), sigmoid
+def _factors(s_in, scales, row, QUANTIZED: tl.constexpr):  # noqa: N803
+    """Return what turns the sums of a row's gate and up into activations."""
+    if QUANTIZED:
+        s = tl.load(s_in + row)
+        gate_scale, up_scale = tl.load(scales) / s, tl.load(scales + 1) / s
+    else:
+        gate_scale, up_scale = 1.0, 1.0
+    return gate_scale, up_scale
+
+
+@triton.jit
+def _code(x, multiplier):
+    """Return ``round(x * multiplier)``, half to even, in float32.
+
+    It needs no clamp: ``multiplier`` is at most ``127 / max(abs(x))``, and NaN stays NaN.
+    """
+    return tl.fma(x, multiplier, _TO_INTEGER) - _TO_INTEGER
 
 
 @triton.jit
@@ -63,27 +73,68 @@ def _forward(
     width,
     eps,
     QUANTIZED: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    FIRST: tl.constexpr,  # noqa: N803
+    SECOND: tl.constexpr,  # noqa: N803
 ):
     """Some rows a program: activations, or int8 codes and their multiplier s; and r of the norm."""
-    dtype = gate_up.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    w = tl.load(weight + column, mask=inside, other=0.0)
+    dtype = out.dtype.element_ty
+    a = tl.arange(0, FIRST)
+    b = FIRST + tl.arange(0, SECOND)
+    in_a, in_b = a < width, b < width
+    w_a = tl.load(weight + a, mask=in_a, other=0.0)
+    w_b = tl.load(weight + b, mask=in_b, other=0.0)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.zeros([], dtype=tl.int64) + index
-        gate, up = _load(gate_up, s_in, scales, row, column, width, QUANTIZED)
-        hidden, _ = _gated(gate, up, dtype)
-        mean = tl.sum(hidden * hidden, axis=0) / width
-        factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-        x = (hidden * factor * w).to(dtype).to(tl.float32)
+        gate_scale, up_scale = _factors(s_in, scales, row, QUANTIZED)
+        _, _, _, h_a = _gated(gate_up, row, a, in_a, width, gate_scale, up_scale)
+        _, _, _, h_b = _gated(gate_up, row, b, in_b, width, gate_scale, up_scale)
+        mean = (tl.sum(h_a * h_a, axis=0) + tl.sum(h_b * h_b, axis=0)) / width
+        factor = 1.0 / tl.sqrt(mean + eps)
+        x_a, x_b = h_a * factor * w_a, h_b * factor * w_b
         tl.store(r + row, factor)
         if QUANTIZED:
-            absmax = tl.maximum(tl.max(tl.abs(x), axis=0), _MIN_SCALE)
-            multiplier = tl.div_rn(tl.full([], _INT8_MAX, tl.float32), absmax)
-            x = _round_and_clamp(x * multiplier, -128.0, 127.0)
+            absmax = tl.maximum(tl.max(tl.abs(x_a), axis=0), tl.max(tl.abs(x_b), axis=0))
+            multiplier = _INT8_MAX / tl.maximum(absmax, _MIN_SCALE)
+            x_a, x_b = _code(x_a, multiplier), _code(x_b, multiplier)
             tl.store(s + row, multiplier)
-        tl.store(out + row * width + column, x.to(dtype), mask=inside)
+        tl.store(out + row * width + a, x_a.to(dtype), mask=in_a)
+        tl.store(out + row * width + b, x_b.to(dtype), mask=in_b)
+
+
+@triton.jit
+def _store_gradients(
+    d_gate_up,
+    x_hat,
+    row,
+    column,
+    inside,
+    width,
+    gate,
+    up,
+    sigmoid,
+    normed,
+    weighted,
+    w,
+    factor,
+    mean,
+    multiplier,
+    gate_scale,
+    up_scale,
+    QUANTIZED: tl.constexpr,  # noqa: N803
+):
+    """Write a block's gradients, and ``codes / s``."""
+    dtype = d_gate_up.dtype.element_ty
+    d_hidden = factor * (weighted - normed * mean)
+    scaled = d_hidden * sigmoid
+    d_up = scaled * gate
+    d_gate = scaled * up * (1.0 + gate * (1.0 - sigmoid))
+    if QUANTIZED:
+        d_gate, d_up = d_gate * gate_scale, d_up * up_scale
+        x = _code(normed * w, multiplier) * (1.0 / multiplier)
+        tl.store(x_hat + row * width + column, x.to(dtype), mask=inside)
+    at = row * 2 * width + column
+    tl.store(d_gate_up + at, d_gate.to(dtype), mask=inside)
+    tl.store(d_gate_up + at + width, d_up.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -101,41 +152,47 @@ def _backward(
     rows,
     width,
     QUANTIZED: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    FIRST: tl.constexpr,  # noqa: N803
+    SECOND: tl.constexpr,  # noqa: N803
 ):
     """Some rows a program: gradients, ``codes / s``, and a sum for the norm's weight a program."""
-    dtype = gate_up.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    w = tl.load(weight + column, mask=inside, other=0.0)
-    d_weight = tl.zeros([BLOCK], dtype=tl.float32)
+    a = tl.arange(0, FIRST)
+    b = FIRST + tl.arange(0, SECOND)
+    in_a, in_b = a < width, b < width
+    w_a = tl.load(weight + a, mask=in_a, other=0.0)
+    w_b = tl.load(weight + b, mask=in_b, other=0.0)
+    sum_a = tl.zeros([FIRST], dtype=tl.float32)
+    sum_b = tl.zeros([SECOND], dtype=tl.float32)
+    d_scale, d_gate_scale, d_up_scale = 1.0, 1.0, 1.0
+    if QUANTIZED:
+        d_gate_scale, d_up_scale = tl.load(scales), tl.load(scales + 1)
+        d_scale = tl.load(scales + 2)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.zeros([], dtype=tl.int64) + index
-        gate, up = _load(gate_up, s_in, scales, row, column, width, QUANTIZED)
-        hidden, sigmoid = _gated(gate, up, dtype)
-        d = tl.load(d_out + row * width + column, mask=inside, other=0.0).to(tl.float32)
-        if QUANTIZED:
-            d = d * tl.load(scales + 2)
+        gate_scale, up_scale = _factors(s_in, scales, row, QUANTIZED)
+        g_a, u_a, o_a, h_a = _gated(gate_up, row, a, in_a, width, gate_scale, up_scale)
+        g_b, u_b, o_b, h_b = _gated(gate_up, row, b, in_b, width, gate_scale, up_scale)
+        d_a = tl.load(d_out + row * width + a, mask=in_a, other=0.0).to(tl.float32) * d_scale
+        d_b = tl.load(d_out + row * width + b, mask=in_b, other=0.0).to(tl.float32) * d_scale
         factor = tl.load(r + row)
-        normed = hidden * factor
-        d_weight += d * normed
-        weighted = d * w
-        mean = tl.sum(weighted * normed, axis=0) / width
-        d_hidden = factor * (weighted - normed * mean)
-        d_up = d_hidden * (gate * sigmoid)
-        d_gate = d_hidden * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+        multiplier = factor
         if QUANTIZED:
-            d_gate = d_gate * tl.load(scales)
-            d_up = d_up * tl.load(scales + 1)
             multiplier = tl.load(s + row)
-            x = (normed * w).to(dtype).to(tl.float32)
-            code = _round_and_clamp(x * multiplier, -128.0, 127.0)
-            x = code * tl.div_rn(1.0, multiplier)
-            tl.store(x_hat + row * width + column, x.to(dtype), mask=inside)
-        at = row * 2 * width + column
-        tl.store(d_gate_up + at, d_gate.to(dtype), mask=inside)
-        tl.store(d_gate_up + at + width, d_up.to(dtype), mask=inside)
-    tl.store(partial + tl.program_id(0) * width + column, d_weight, mask=inside)
+        n_a, n_b = h_a * factor, h_b * factor
+        sum_a += d_a * n_a
+        sum_b += d_b * n_b
+        d_a, d_b = d_a * w_a, d_b * w_b
+        mean = (tl.sum(d_a * n_a, axis=0) + tl.sum(d_b * n_b, axis=0)) / width
+        _store_gradients(
+            d_gate_up, x_hat, row, a, in_a, width, g_a, u_a, o_a, n_a, d_a, w_a,
+            factor, mean, multiplier, d_gate_scale, d_up_scale, QUANTIZED,
+        )  # fmt: skip
+        _store_gradients(
+            d_gate_up, x_hat, row, b, in_b, width, g_b, u_b, o_b, n_b, d_b, w_b,
+            factor, mean, multiplier, d_gate_scale, d_up_scale, QUANTIZED,
+        )  # fmt: skip
+    tl.store(partial + tl.program_id(0) * width + a, sum_a, mask=in_a)
+    tl.store(partial + tl.program_id(0) * width + b, sum_b, mask=in_b)
 
 
 def _num_programs(x: Tensor) -> int:
@@ -145,14 +202,11 @@ def _num_programs(x: Tensor) -> int:
     return min(len(x), _PROGRAMS_PER_SM * properties.multi_processor_count)
 
 
-def _options(width: int) -> dict[str, int | bool]:
-    block = triton.next_power_of_2(width)
-    # 8 elements a thread; a product that is rounded must not be fused with the sum behind it.
-    return {
-        "BLOCK": block,
-        "num_warps": max(1, min(16, block // 256)),
-        "enable_fp_fusion": False,
-    }
+def _options(width: int) -> dict[str, int]:
+    """Return the two blocks, the second as small as it can be, and the warps."""
+    first = max(16, triton.next_power_of_2(width // 2 + 1))
+    second = max(16, triton.next_power_of_2(max(1, width - first)))
+    return {"FIRST": first, "SECOND": second, "num_warps": max(1, min(8, first // 256))}
 
 
 @torch.library.custom_op("tinylm::swiglu_norm", mutates_args=())
