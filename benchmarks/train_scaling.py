@@ -179,6 +179,7 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
         pairs = zip(records, expected, strict=True)
         worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
         results.append({"run": what, "worst": worst, "tolerance": limit, "agrees": worst <= limit})
+        print(f"{what}: worst difference of a loss {worst:.1e}", file=sys.stderr, flush=True)
 
     for mode in modes:
         name = f"{mode}-many"
