@@ -235,7 +235,8 @@ __device__ inline void multiply_squares(const WgmmaArgs& args, const Output<Y>& 
     }
   };
   // Every lane has read its weights before lane 0 says so. A barrier of the warp's own, and not
-  // __syncwarp(), which ptxas drops where lanes are together anyhow: racecheck goes by what is there.
+  // __syncwarp(), which ptxas drops where lanes are together anyhow: racecheck goes by what is
+  // there.
   const auto release = [&](int old) {
     named_sync<32>(3 + 4 * group + warp);
     if (lane == 0) memory.empty[old].arrive();
