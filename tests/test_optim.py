@@ -7,6 +7,7 @@ from tinylm import ModelConfig, TinyLM
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.optim import (
     Schedule,
+    ShardedAdamW,
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -164,3 +165,25 @@ def test_state_of_another_model_is_refused() -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             load_optimizer_tensors(model, optimizer, tensors, source="f.st")
+
+
+def test_update_of_parts_is_adamws() -> None:
+    """Of plain tensors each is its own only part."""
+    models = [torch.nn.Linear(5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    options = {"lr": 0.02, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1, "fused": True}
+    ours = ShardedAdamW(models[0].parameters(), **options)
+    theirs = torch.optim.AdamW(models[1].parameters(), **options)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            model(x).square().sum().backward()
+            if step == 1:
+                model.bias.grad = None  # has no part in this update
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(found, expected)
+        states = ours.state[found], theirs.state[expected]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

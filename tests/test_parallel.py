@@ -186,7 +186,9 @@ def test_stopped_run_goes_on_with_other_processes(
             assert all("step" not in text for text in said[1:])  # only the first one talks
         else:
             # One process hears the signal, and all of them save and end well.
-            codes = stop_at(out, num, command, tmp_path / f"logs-{i}", 2 + 2 * i)
+            # They do so in the step in which they next talk: one after the next at the latest.
+            begin = steps[-1] + 1 if steps else 1
+            codes = stop_at(out, num, command, tmp_path / f"logs-{i}", begin)
             assert codes == [0] * num
             steps.append(losses(out)[-1][0])
             assert (out / "last").resolve().name == f"step-{steps[-1]:08d}"

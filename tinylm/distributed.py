@@ -67,6 +67,22 @@ class World:
         dist.all_reduce(total, group=self.messages)
         return total.tolist()
 
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin what :meth:`sum` does; return what waits for the result.
+
+        The message is on its way while the caller gives a GPU something to do.
+        """
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return total.tolist
+        work = dist.all_reduce(total, group=self.messages, async_op=True)
+
+        def finish() -> list[float]:
+            work.wait()
+            return total.tolist()
+
+        return finish
+
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """Add up a tensor on the device over all processes, in place."""
         if self.size > 1:
@@ -235,6 +251,19 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor; of one that isn't sharded, all of it."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sum_over_parts(values: Tensor, like: Tensor) -> Tensor:
+    """Add up what processes computed of their parts of a tensor sharded as ``like``.
+
+    Every process must call it; copies of a part count once. One exchange for many tensors, and
+    operators on plain tensors, are far quicker than one on each sharded tensor.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]  # type: ignore[attr-defined]
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(values, mesh, placements, run_check=False).full_tensor()
 
 
 def is_sharded(tensor: Tensor) -> bool:

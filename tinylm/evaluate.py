@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from tinylm import quantization
-from tinylm.distributed import World, is_sharded, local, whole
+from tinylm.distributed import World, is_sharded, local, sum_over_parts
 from tinylm.quantization import abs_sum, scale_of_sum
 
 if TYPE_CHECKING:
-    from tinylm.bitlinear import BitLinear
     from tinylm.data import PackedSequences, PaddedSequences
     from tinylm.model import TinyLM
 
@@ -141,15 +140,18 @@ def ternary_codes(model: TinyLM) -> dict[str, Tensor]:
     Of a sharded model they are those of this process's rows, under the whole matrix's scale; every
     process must ask.
     """
-    return {name: _local_codes(layer) for name, layer in model.bit_linears().items()}
-
-
-def _local_codes(layer: BitLinear) -> Tensor:
-    weight = layer.weight
-    if not is_sharded(weight):
-        return layer.weight_codes()[0]
-    scale = scale_of_sum(whole(abs_sum(weight)), weight.numel())
-    return quantization.ternary_codes(local(weight), scale).to(torch.int8)
+    layers = model.bit_linears()
+    weights = [layer.weight for layer in layers.values()]
+    if not weights or not is_sharded(weights[0]):
+        return {name: layer.weight_codes()[0] for name, layer in layers.items()}
+    parts = [local(weight) for weight in weights]
+    totals = sum_over_parts(torch.stack([abs_sum(part) for part in parts]), weights[0])
+    return {
+        name: quantization.ternary_codes(part, scale_of_sum(total, layer.weight.numel())).to(
+            torch.int8
+        )
+        for (name, layer), part, total in zip(layers.items(), parts, totals, strict=True)
+    }
 
 
 def ternary_statistics(
@@ -172,16 +174,28 @@ def ternary_statistics(
     """
     if not codes:
         return {}
+    found = [
+        torch.stack(
+            (
+                (layer_codes < 0).sum(),
+                layer_codes.count_nonzero(),
+                (layer_codes != before[name]).sum() if before else layer_codes.new_zeros(()).long(),
+            )
+        )
+        for name, layer_codes in codes.items()
+    ]
     minus = flipped = 0
     sizes: dict[str, int] = {}  # by kind of layer
     zeros: dict[str, int] = {}
-    for name, layer_codes in codes.items():
+    # One wait for the GPU, not one a layer.
+    for (name, layer_codes), counted in zip(
+        codes.items(), torch.stack(found).tolist(), strict=True
+    ):
         kind, size = name.rpartition(".")[2], layer_codes.numel()
         sizes[kind] = sizes.get(kind, 0) + size
-        zeros[kind] = zeros.get(kind, 0) + size - int(layer_codes.count_nonzero())
-        minus += int((layer_codes < 0).sum())
-        if before is not None:
-            flipped += int((layer_codes != before[name]).sum())
+        zeros[kind] = zeros.get(kind, 0) + size - counted[1]
+        minus += counted[0]
+        flipped += counted[2]
     counts = [minus, flipped, *sizes.values(), *zeros.values()]
     all_minus, all_flipped, *rest = (world or World()).sum(counts)
     all_sizes = dict(zip(sizes, rest[: len(sizes)], strict=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from tinylm.distributed import like
+from tinylm.distributed import is_sharded, like, local, sum_over_parts
 from tinylm.errors import CheckpointError, ConfigError
 from tinylm.training_config import OptimizerConfig, ScheduleConfig
 
@@ -69,6 +70,52 @@ class Schedule:
         return 0.0 if self._in_second_stage(step) else 1.0
 
 
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW over the parts of sharded parameters.
+
+    The update is elementwise, so each process does that of its parts as on plain tensors; on
+    sharded tensors PyTorch spends tens of milliseconds a step on deciding so. States are sharded
+    as their parameters are.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Do one update with the gradients that are there."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = _zero_state(parameter)
+            states = [self.state[p] for p in parameters]
+            if not parameters:
+                continue
+            adamw(
+                [local(p) for p in parameters],
+                [local(p.grad) for p in parameters],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _zero_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return AdamW's state before the first update, sharded as the parameter is."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Make AdamW with weight decay on matrices only.
 
@@ -89,10 +136,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    kind = ShardedAdamW if is_sharded(matrices[0]) else torch.optim.AdamW
     # The fused kernel updates a parameter in one pass over memory, on the CPU too.
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    return kind(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Shorten all gradients together to a norm of at most ``max_norm``, in place.
+
+    Args:
+        parameters: With their gradients; all sharded or none.
+        max_norm: Largest Euclidean norm.
+
+    Returns:
+        The norm before, over all processes' parts; a scalar.
+    """
+    owners = [p for p in parameters if p.grad is not None]
+    if not owners or not is_sharded(owners[0]):
+        return torch.nn.utils.clip_grad_norm_(owners, max_norm)
+    parts = [local(p.grad) for p in owners]  # type: ignore[arg-type]
+    squares = torch.stack(torch._foreach_norm(parts)).square().sum()
+    norm = sum_over_parts(squares, owners[0]).sqrt()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's own
+    return norm
 
 
 def set_step_hyperparameters(
@@ -135,11 +201,7 @@ def empty_optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> d
         What :func:`optimizer_tensors` returns: these very tensors by name.
     """
     for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+        optimizer.state[parameter] = _zero_state(parameter)
     return optimizer_tensors(model, optimizer)
 
 

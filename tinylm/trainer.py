@@ -17,7 +17,7 @@ from tinylm import training_state as saved_state
 from tinylm.batch_plan import plan_batch
 from tinylm.data import Batch, BatchOrder
 from tinylm.device import choose_device, precision_context
-from tinylm.distributed import connect, launched_world, whole
+from tinylm.distributed import connect, launched_world
 from tinylm.errors import ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
     EvalResult,
@@ -26,7 +26,7 @@ from tinylm.evaluate import (
     ternary_statistics,
 )
 from tinylm.model import TinyLM
-from tinylm.optim import Schedule, build_optimizer, set_step_hyperparameters
+from tinylm.optim import Schedule, build_optimizer, clip_gradients, set_step_hyperparameters
 from tinylm.parallel import choose_mode, parallelize
 from tinylm.performance import apply_performance, without_compilation
 from tinylm.prefetch import BatchQueue
@@ -183,19 +183,22 @@ class Trainer:
         """
         self.world.on_main(self.run.prepare)
         with self._open_recorder() as self.recorder, self.stop:
+            self._agree_to_stop()
             while True:
-                self._agree_to_stop()
                 self._evaluate_if_due()
                 self._save_if_due()
                 if self.finished or self.stopping:
                     break
                 self._count_and_record(*self._timed_step())
+                if self.world.size == 1:  # several have agreed within the step
+                    self._agree_to_stop()
             self.recorder.draw_curve()
         return self._summary()
 
     def _agree_to_stop(self) -> bool:
         """Return whether a signal has reached any process."""
-        self.stopping = self.stopping or self.world.any(self.stop.requested)
+        if not self.stopping:
+            self.stopping = self.world.any(self.stop.requested)
         return self.stopping
 
     def _open_recorder(self) -> Recorder:
@@ -235,7 +238,9 @@ class Trainer:
             with_statistics: Whether to compare the ternary codes before and after.
         """
         parts = next(self.batches)
-        num_tokens = int(self.world.sum([sum(part.num_labels for part in parts)])[0])
+        counts = [sum(part.num_labels for part in parts), float(self.stop.requested)]
+        agreed = self.world.start_sum(counts)
+        num_tokens = 0
         loss = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             part = part.to(self.device)
@@ -244,16 +249,15 @@ class Trainer:
                     total = self.parallel.compute(
                         part.input_ids, part.attention_mask, labels=part.labels
                     )
+                if i == 0:
+                    num_tokens, num_stops = map(int, agreed())
+                    self.stopping = self.stopping or num_stops > 0
                 part_loss = total / num_tokens
                 # The engines average gradients over the processes; wanted is their sum.
                 (part_loss * self.world.size).backward()
             loss += part_loss.detach()
         loss = self.world.sum_tensor(loss)
-        norm = whole(
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.optimizer.max_grad_norm
-            )
-        )
+        norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
         # The one synchronisation of a step on a GPU.
         loss_value, norm_value = torch.stack((loss, norm)).tolist()
         accepted = math.isfinite(loss_value) and math.isfinite(norm_value)
