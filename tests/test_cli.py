@@ -107,6 +107,18 @@ def test_from_text_to_text(cli: Cli, tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in data.val.read_text().splitlines()]
     assert result["num_bytes"] == sum(len(text.encode()) for text in texts)
 
+    prepared = ("--file", data.train, "--val-file", data.val, "--tokenizer", run / "last")
+    code, _, err = cli("data", "prepare", *prepared, "--out", tmp_path / "tokens", "--num-proc", 1)
+    assert code == 0, err
+    code, out, err = cli(
+        *("eval", run, "--data", tmp_path / "tokens", "--json", tmp_path / "prepared.json")
+    )
+    assert code == 0, err
+    same = json.loads((tmp_path / "prepared.json").read_text())
+    assert same["file"] == str(tmp_path / "tokens")
+    for name in ("loss", "bits_per_byte", "num_tokens", "unigram_entropy", "fraction_zero"):
+        assert same[name] == result[name]
+
     code, out, err = cli(
         *("generate", run, "--prompt", "def main(", "--max-new-tokens", 8),
         *("--json", tmp_path / "text.json"),
@@ -215,6 +227,9 @@ def test_errors_of_using_a_model(cli: Cli, run_dir: Path, tmp_path: Path) -> Non
         (["generate", run_dir, "--prompt", "x", "--precision", "fp8"], ("precision must be",)),
         (["generate", run_dir], ("Missing option", "--prompt")),
         (["eval", run_dir, "--file", tmp_path / "no.jsonl"], ("no.jsonl: not found",)),
+        (["eval", run_dir], ("expected text from --file or --data, found neither",)),
+        (["eval", run_dir, "--file", empty, "--data", tmp_path], ("found both",)),
+        (["eval", run_dir, "--data", tmp_path / "none"], ("none", "tinylm data prepare")),
         (["eval", run_dir, "--file", empty], (str(empty), "no documents")),
         (["eval", run_dir, "--file", latin], (f"{latin}, line 1", "UTF-8")),
         (
@@ -368,3 +383,10 @@ def test_recipe_stands_below_file_and_flags(cli: Cli, tmp_path: Path) -> None:
     )
     result = cli(*train_arguments(tmp_path / "run"), "--recipe", "three-stage")
     assert_clean_error(result, "recipe must be one of default, two-stage, found 'three-stage'")
+
+
+def test_a_dense_twin_is_evaluated_too(cli: Cli, tmp_path: Path) -> None:
+    trainer(tmp_path / "run", model={"dense": True}, training={"max_steps": 3}).train()
+    code, out, err = cli("eval", tmp_path / "run", "--file", inputs().val, "--max-tokens", 100)
+    assert code == 0, err
+    assert "token perplexity" in out and "ternary codes" not in out

@@ -94,8 +94,11 @@ def check_layer(device: str) -> None:
         x = torch.randn(5, 7, 96, device=device, requires_grad=True)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             y = layer(x)
+            with torch.no_grad():
+                layer.eval()
+                inferred = layer(x)
         y.backward(torch.randn(5, 7, 24, device=device).to(y.dtype))
-        results.append([y.detach(), x.grad, layer.weight.grad])
+        results.append([y.detach(), x.grad, layer.weight.grad, inferred])
     for found, expected in zip(*results, strict=True):
         if INTERPRETED:
             TRITON_INTERPRETER_LAYER.assert_close(found, expected)

@@ -91,7 +91,7 @@ class BitLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        self.quantizers = "torch"  # who does the training pass's quantising: see quantizer_passes
+        self.quantizers = "torch"  # who quantises activations: see quantizer_passes
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         # Of the ternary codes only the scale depends on this; but the optimiser's steps are as long
         # as the learning rate says, and against smaller weights they would flip codes too often.
@@ -108,10 +108,14 @@ class BitLinear(nn.Module):
             return _TernaryLinear.apply(x, self.weight, self.activation, out_dtype, self.quantizers)
         dtype = matmul_dtype(x)
         codes, scale = self.weight_codes(dtype)
-        q, s = quantize_activation(x, self.activation)
+        work = passes(self.quantizers, x, self.activation)
+        if work is TORCH_PASSES:  # which would make a copy for a backward pass
+            q, s = quantize_activation(x, self.activation)
+        else:
+            q, _, s = work.quantize(x, self.activation, dtype)
         with torch.autocast(x.device.type, enabled=False):
             accumulator = accumulate(q.to(dtype), codes, self.activation)
-            return TORCH_PASSES.rescale(accumulator, scale, s, out_dtype)
+            return work.rescale(accumulator, scale, s, out_dtype)
 
     def train(self, mode: bool = True) -> BitLinear:
         """Switch between training and evaluation; training drops the kept codes."""

@@ -74,7 +74,13 @@ def _load(checkpoint: Path, device: str) -> tuple[Path, TinyLM, Any, torch.devic
 @app.command("eval", epilog="Example: tinylm eval run --file val.jsonl --json result.json")
 def evaluate_command(
     checkpoint: Checkpoint,
-    file: Annotated[Path, typer.Option("--file", help='JSON lines {"text": ...} or .gz.')],
+    file: Annotated[
+        Path | None, typer.Option("--file", help='JSON lines {"text": ...} or .gz.')
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder of tinylm data prepare: its held-out text, no --file."),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option("--length", min=1, help="Tokens of a window. Default: the model's context."),
@@ -94,7 +100,7 @@ def evaluate_command(
     ] = "float32",
     json: Json = None,
 ) -> None:
-    """Measure token perplexity and bits per byte on a file.
+    """Measure token perplexity and bits per byte on held-out text.
 
     The text is read in windows of --length tokens, so that every token but the first is predicted
     once; a token early in a window has little before it.
@@ -106,17 +112,27 @@ def evaluate_command(
     from tinylm.device import precision_context
     from tinylm.errors import ConfigError
     from tinylm.evaluate import EvalResult, evaluate, ternary_codes, ternary_statistics
+    from tinylm.quantizer_passes import choose_quantizers
+    from tinylm.shards import open_prepared
 
+    if file is None and data is None or file is not None and data is not None:
+        found = "neither" if data is None else "both"
+        raise ConfigError(f"expected text from --file or --data, found {found}. Name one of them.")
     if lm_head not in ("float32", "int8"):
         raise ConfigError(f"--lm-head must be float32 or int8, found {lm_head!r}.")
     directory, model, tokenizer, chosen = _load(checkpoint, device)
+    for linear in model.bit_linears().values():
+        linear.quantizers = choose_quantizers("auto", chosen)
     context = model.config.max_seq_len
     length = context if length is None else length
     if length > context:
         raise ConfigError(
             f"--length must be at most the model's context of {context} tokens, found {length}."
         )
-    corpus = load_corpus(file, tokenizer, skip_bad_lines=skip_bad_lines)
+    if file is not None:
+        corpus = load_corpus(file, tokenizer, skip_bad_lines=skip_bad_lines)
+    elif data is not None:
+        corpus = open_prepared(data, tokenizer).val
     stderr = Console(stderr=True)
     with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
 
@@ -146,7 +162,7 @@ def evaluate_command(
             }
     values = {
         "checkpoint": str(directory),
-        "file": str(file),
+        "file": str(file or data),
         "length": length,
         **result.to_dict(),
         "unigram_entropy": corpus.unigram_entropy(),
@@ -175,11 +191,11 @@ def _print_evaluation(values: dict[str, Any]) -> None:
         "bytes of text": f"{values['num_bytes']:,}",
         "bad lines skipped": f"{values['num_skipped']:,}",
         "speed": f"{values['tokens_per_second']:,.0f} tokens/s",
-        "ternary codes -1 / 0 / +1": " / ".join(
-            f"{values[f'fraction_{name}']:.1%}" for name in ("minus", "zero", "plus")
-        ),
     }.items():
         table.add_row(name, text)
+    if "fraction_zero" in values:  # a dense model has no codes
+        fractions = [f"{values[f'fraction_{name}']:.1%}" for name in ("minus", "zero", "plus")]
+        table.add_row("ternary codes -1 / 0 / +1", " / ".join(fractions))
     if "int8_head_loss" in values:
         difference = values["int8_head_perplexity_difference"]
         table.add_row(
