@@ -115,7 +115,7 @@ def evaluate_command(
     from tinylm.quantizer_passes import choose_quantizers
     from tinylm.shards import open_prepared
 
-    if file is None and data is None or file is not None and data is not None:
+    if (file is None) == (data is None):
         found = "neither" if data is None else "both"
         raise ConfigError(f"expected text from --file or --data, found {found}. Name one of them.")
     if lm_head not in ("float32", "int8"):
