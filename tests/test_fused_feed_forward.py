@@ -40,9 +40,12 @@ def results(layer: FeedForward, x: Tensor, dy: Tensor, *, autocast: bool) -> dic
 
 
 def check(device: str) -> None:
-    """Compare for ternary and dense layers, and for rows that no program starts at."""
+    """Compare for ternary and dense layers, and for fewer and more rows than programs."""
+    shapes = [(64, 176, (2, 7)), (32, 256, (1, 1)), (128, 96, (3, 5))]
+    if device == "cuda":
+        shapes.append((1024, 2816, (5, 331)))  # a row has two blocks, a program several rows
     for dense in (False, True):
-        for hidden, inner, tokens in ((64, 176, (2, 7)), (32, 256, (1, 1)), (128, 96, (3, 5))):
+        for hidden, inner, tokens in shapes:
             config = preset("tinylm-test").replace(
                 hidden_size=hidden, intermediate_size=inner, dense=dense
             )

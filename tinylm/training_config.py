@@ -287,7 +287,8 @@ class PerformanceConfig:
     )
     quantizers: str = setting(
         "auto",
-        help="BitLinear's quantisers where nothing is compiled. auto: triton on a GPU.",
+        help="What lies around the products: BitLinear's quantisers where nothing is compiled, and "
+        "the feed-forward's SwiGLU, norm and quantiser. auto: triton on a GPU.",
         choices=QUANTIZERS,
     )
     attention: str = setting(
