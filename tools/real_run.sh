@@ -5,10 +5,11 @@
 #   tools/real_run.sh DATA OUT STEPS [further flags of tinylm train]
 #
 # DATA is a folder of tinylm data prepare. A call ends by itself after LIMIT seconds (default 540)
-# and saves; the same call again goes on exactly there. Runs are in OUT/ternary and OUT/dense.
+# and saves; the same call again goes on exactly there. Runs are in OUT/ternary and OUT/dense; one
+# that is done is measured on all held-out text, into OUT/ternary-eval.json and OUT/dense-eval.json.
 # Nothing is installed: PYTHON (default python3) needs torch, transformers, typer, rich and safetensors.
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 data=$1 out=$2 steps=$3
 shift 3
 python=${PYTHON:-python3}
@@ -29,8 +30,12 @@ train() {
         "$python" -m tinylm.cli train --preset "${PRESET:-tinylm-300m}" --data "$data" \
         --out "$out/$name" --max-steps "$steps" --json "$out/$name.json" \
         --recipe two-stage --warmup-steps 200 --batch-size 32 --grad-accum-steps 2 \
-        --compile --no-tensorboard --eval-every 250 --save-every 1000000 --keep-last 1 \
+        --compile --no-tensorboard --eval-every 250 --eval-max-tokens 262144 \
+        --save-every 1000000 --keep-last 1 \
         --sample-prompt "The President of the United States" "$@" "${resume[@]}"
+    if grep -q '"stopped": false' "$out/$name.json"; then
+        "$python" -m tinylm.cli eval "$out/$name" --data "$data" --json "$out/$name-eval.json"
+    fi
 }
 
 num_gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
