@@ -20,6 +20,10 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 train() {
     local name=$1 left=$((deadline - SECONDS)) resume=()
     shift
+    if [ -e "$out/$name-eval.json" ]; then
+        echo "$name: done, see $out/$name-eval.json"
+        return
+    fi
     if [ "$left" -lt 30 ]; then
         echo "$name: no time left in this call; call again"
         return
