@@ -152,7 +152,8 @@ def test_moved_folder_goes_on_and_another_source_is_refused(tmp_path: Path, prep
     # What parity reads when no file is named, with the checkpoint's own tokenizer.
     assert _validation_source(out) == there
     own = load_tokenizer(out / "last", vocab_size=512)
-    assert open_prepared(_validation_source(out), own).val.num_docs == 8
+    held_out = len(inputs().val.read_text(encoding="utf-8").splitlines())
+    assert open_prepared(_validation_source(out), own).val.num_docs == held_out
     with pytest.raises(CheckpointError, match="started with --data, found --train-file"):
         trainer(
             out,

@@ -47,7 +47,10 @@ def inputs() -> Inputs:
     sources = sorted(Path(tinylm.__file__).parent.glob("*.py"))
     paragraphs = [p for s in sources for p in s.read_text(encoding="utf-8").split("\n\n\n")]
     train = write_jsonl(folder / "train.jsonl", paragraphs[: len(paragraphs) * 9 // 10][:80])
-    val = write_jsonl(folder / "val.jsonl", paragraphs[-8:])
+    held_out: list[str] = []
+    while sum(map(len, held_out)) < 10_000:
+        held_out.append(paragraphs[-1 - len(held_out)])
+    val = write_jsonl(folder / "val.jsonl", held_out)
     tokenizer = train_tokenizer([train], folder / "tokenizer", vocab_size=VOCAB_SIZE)
     return Inputs(train, val, tokenizer)
 
