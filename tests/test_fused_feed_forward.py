@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tolerances import FUSED_FEED_FORWARD
 from torch import Tensor
+from triton_helpers import run_interpreted
 
 from tinylm.config import ModelConfig, preset
 from tinylm.fused_feed_forward import fused_feed_forward
@@ -68,15 +66,7 @@ def check(device: str) -> None:
 
 
 def test_kernels_agree_with_the_operators_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_fused_feed_forward as t; t.check('cpu')"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_interpreted("-c", "import test_fused_feed_forward as t; t.check('cpu')")
 
 
 @pytest.mark.gpu
@@ -86,20 +76,13 @@ def test_kernels_agree_with_the_operators_on_the_gpu() -> None:
 
 def test_a_compiled_step_takes_the_kernels() -> None:
     """The benchmark compares the losses of the compiled and the plain path before it times."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "benchmarks/train_step.py", "--preset", "tinylm-test"),
-            *("--device", "cpu", "--precision", "bf16", "--batch-size", "2", "--seq-len", "16"),
-            *("--variant", "compile", "--repeats", "1", "--steps", "1", "--warmup", "1"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "TORCH_LOGS": "graph_breaks"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    said = run_interpreted(
+        *(str(ROOT / "benchmarks/train_step.py"), "--preset", "tinylm-test"),
+        *("--device", "cpu", "--precision", "bf16", "--batch-size", "2", "--seq-len", "16"),
+        *("--variant", "compile", "--repeats", "1", "--steps", "1", "--warmup", "1"),
+        TORCH_LOGS="graph_breaks",
     )
-    assert done.returncode == 0, done.stderr
-    assert "Graph break" not in done.stderr, done.stderr
+    assert "Graph break" not in said, said
 
 
 def test_who_is_served() -> None:

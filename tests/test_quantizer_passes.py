@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tolerances import TRITON_INTERPRETER_BFLOAT16, TRITON_INTERPRETER_LAYER
 from torch import Tensor
+from triton_helpers import run_interpreted
 
 from tinylm import BitLinear
 from tinylm.errors import ConfigError
@@ -106,27 +104,12 @@ def check_layer(device: str) -> None:
             assert torch.equal(found, expected)
 
 
-def run_interpreted(name: str) -> None:
-    """Run one of the checks above in a process where Triton's kernels run on the CPU."""
-    code = f"import test_quantizer_passes as t; t.{name}('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-
-
 def test_triton_passes_equal_the_reference_in_the_interpreter() -> None:
-    run_interpreted("check_passes")
+    run_interpreted("-c", "import test_quantizer_passes as t; t.check_passes('cpu')")
 
 
 def test_triton_layer_equals_the_reference_in_the_interpreter() -> None:
-    run_interpreted("check_layer")
+    run_interpreted("-c", "import test_quantizer_passes as t; t.check_layer('cpu')")
 
 
 @pytest.mark.gpu

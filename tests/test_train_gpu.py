@@ -3,7 +3,6 @@
 The machine may lack `datasets`, so the text is tokenised here without it.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,14 +65,11 @@ def check_resume(tokens: Path, out: Path, device: str, *further: str) -> None:
     train(tokens, out, device, *further)
     weights = out / "last/model.safetensors"
     expected, expected_losses = weights.read_bytes(), losses(out)
-    assert len(expected_losses) == STEPS
+    assert [step for step, _ in expected_losses] == [*range(1, STEPS + 1)]
     middle = out / "checkpoints" / f"step-{STEPS // 2:08d}"
     train(tokens, out, device, *further, "--resume-from", str(middle))
     assert losses(out) == expected_losses
     assert weights.read_bytes() == expected
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [r["step"] for r in events if r["kind"] == "train"]
-    assert steps == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.gpu

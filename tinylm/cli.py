@@ -121,8 +121,7 @@ def evaluate_command(
     if lm_head not in ("float32", "int8"):
         raise ConfigError(f"--lm-head must be float32 or int8, found {lm_head!r}.")
     directory, model, tokenizer, chosen = _load(checkpoint, device)
-    for linear in model.bit_linears().values():
-        linear.quantizers = choose_quantizers("auto", chosen)
+    model.set_quantizers(choose_quantizers("auto", chosen))
     context = model.config.max_seq_len
     length = context if length is None else length
     if length > context:

@@ -61,20 +61,16 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up numbers over all processes, in float64; whole numbers stay exact up to 2**53."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.messages)
-        return total.tolist()
+        return self.start_sum(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin what :meth:`sum` does; return what waits for the result.
 
         The message is on its way while the caller gives a GPU something to do.
         """
-        total = torch.tensor(values, dtype=torch.float64)
         if self.size == 1:
-            return total.tolist
+            return lambda: list(values)
+        total = torch.tensor(values, dtype=torch.float64)
         work = dist.all_reduce(total, group=self.messages, async_op=True)
 
         def finish() -> list[float]:
@@ -241,11 +237,6 @@ def like(source: Tensor, target: Tensor) -> Tensor:
 
     mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor's values; of a sharded one, every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:

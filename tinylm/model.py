@@ -45,11 +45,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to normed x [B, S, hidden] -> [B, S, hidden]."""
-        if self.fused:
-            apply = fused_feed_forward(self.gate_proj, x)
-            if apply is not None:
-                gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-                return apply(x, gate, up, self.ffn_sub_norm.weight, down, self.ffn_sub_norm.eps)
+        apply = fused_feed_forward(self.gate_proj, x) if self.fused else None
+        if apply is not None:
+            gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            return apply(x, gate, up, self.ffn_sub_norm.weight, down, self.ffn_sub_norm.eps)
         return self.down_proj(self.ffn_sub_norm(self.swiglu(self.gate_proj(x), self.up_proj(x))))
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -361,6 +360,18 @@ class TinyLM(nn.Module):
             )
         for layer in self.layers:
             layer.get_submodule("self_attn").backend = name  # type: ignore[assignment]
+
+    def set_quantizers(self, name: str) -> None:
+        """Choose who does what lies around the products: torch or triton.
+
+        Args:
+            name: What :func:`tinylm.quantizer_passes.choose_quantizers` returned.
+        """
+        for module in self.modules():
+            if isinstance(module, BitLinear):
+                module.quantizers = name
+            elif isinstance(module, FeedForward):
+                module.fused = name == "triton"
 
     def set_activation(self, activation: Activation) -> None:
         """Choose the number format of activations; the latent stays int8.

@@ -83,12 +83,12 @@ class ShardedAdamW(torch.optim.AdamW):
         """Do one update with the gradients that are there."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter] = _zero_state(parameter)
             states = [self.state[p] for p in parameters]
-            if not parameters:
-                continue
             adamw(
                 [local(p) for p in parameters],
                 [local(p.grad) for p in parameters],

@@ -43,11 +43,7 @@ def apply_performance(
         # cuBLAS reads it when its first handle is made, so not too late here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    quantizers = choose_quantizers(config.quantizers, device)
-    for linear in model.bit_linears().values():
-        linear.quantizers = quantizers
-    for layer in model.layers:
-        layer.get_submodule("mlp").fused = quantizers == "triton"  # type: ignore[assignment]
+    model.set_quantizers(choose_quantizers(config.quantizers, device))
     if config.compile:
         _settle_attention(model, config.attention, device, precision)
         for layer in model.layers:

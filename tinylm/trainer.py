@@ -197,8 +197,7 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         """Return whether a signal has reached any process."""
-        if not self.stopping:
-            self.stopping = self.world.any(self.stop.requested)
+        self.stopping = self.stopping or self.world.any(self.stop.requested)
         return self.stopping
 
     def _open_recorder(self) -> Recorder:

@@ -31,6 +31,14 @@ _CPU_PROGRAMS = 3  # in the interpreter: fewer than rows, so that programs take 
 
 
 @triton.jit
+def _block(weight, width, START: tl.constexpr, SIZE: tl.constexpr):  # noqa: N803
+    """Return a block's columns, which of them there are, and the norm's weights."""
+    column = START + tl.arange(0, SIZE)
+    inside = column < width
+    return column, inside, tl.load(weight + column, mask=inside, other=0.0)
+
+
+@triton.jit
 def _gated(gate_up, row, column, inside, width, gate_scale, up_scale):
     """Return gate and up of a row in float32, the gate's sigmoid, and ``silu(gate) * up``."""
     at = row * 2 * width + column
@@ -78,11 +86,8 @@ def _forward(
 ):
     """Some rows a program: activations, or int8 codes and their multiplier s; and r of the norm."""
     dtype = out.dtype.element_ty
-    a = tl.arange(0, FIRST)
-    b = FIRST + tl.arange(0, SECOND)
-    in_a, in_b = a < width, b < width
-    w_a = tl.load(weight + a, mask=in_a, other=0.0)
-    w_b = tl.load(weight + b, mask=in_b, other=0.0)
+    a, in_a, w_a = _block(weight, width, 0, FIRST)
+    b, in_b, w_b = _block(weight, width, FIRST, SECOND)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.zeros([], dtype=tl.int64) + index
         gate_scale, up_scale = _factors(s_in, scales, row, QUANTIZED)
@@ -156,11 +161,8 @@ def _backward(
     SECOND: tl.constexpr,  # noqa: N803
 ):
     """Some rows a program: gradients, ``codes / s``, and a sum for the norm's weight a program."""
-    a = tl.arange(0, FIRST)
-    b = FIRST + tl.arange(0, SECOND)
-    in_a, in_b = a < width, b < width
-    w_a = tl.load(weight + a, mask=in_a, other=0.0)
-    w_b = tl.load(weight + b, mask=in_b, other=0.0)
+    a, in_a, w_a = _block(weight, width, 0, FIRST)
+    b, in_b, w_b = _block(weight, width, FIRST, SECOND)
     sum_a = tl.zeros([FIRST], dtype=tl.float32)
     sum_b = tl.zeros([SECOND], dtype=tl.float32)
     d_scale, d_gate_scale, d_up_scale = 1.0, 1.0, 1.0
