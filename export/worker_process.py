@@ -110,49 +110,41 @@ class ResidentMemory:
         # Forgets what importing libraries took for a moment, where the system can.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._baseline = _resident_bytes()
+        self._baseline, _ = _resident_bytes()
 
     def figures(self) -> dict[str, int | None]:
         """Return it as it was then, the largest since, and what is still in use.
 
         A figure is None where the system does not say.
         """
-        peak = _peak_resident_bytes()
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory for later
-        return {
-            "baseline_bytes": self._baseline,
-            "peak_bytes": peak,
-            "held_bytes": _resident_bytes(),
-        }
+        held, peak = _resident_bytes()
+        return {"baseline_bytes": self._baseline, "peak_bytes": peak, "held_bytes": held}
 
 
-def _resident_bytes() -> int | None:
-    return _status_bytes("VmRSS:") or _peak_resident_bytes()
-
-
-def _peak_resident_bytes() -> int | None:
-    """Return the largest resident set so far.
+def _resident_bytes() -> tuple[int | None, int | None]:
+    """Return the resident set and the largest one so far, at one moment, as far as known.
 
     ``ru_maxrss`` would include the parent's memory on Linux, where it outlives exec.
     """
-    found = _status_bytes("VmHWM:")
-    if found is not None:
-        return found
+    # One reading of the file: of two, the later resident set may exceed the earlier largest.
+    resident, largest = _status_bytes("VmRSS:", "VmHWM:")
+    if resident is not None and largest is not None:
+        return resident, largest
     try:
         import resource
     except ImportError:
-        return None
+        return None, None
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return largest, largest
 
 
-def _status_bytes(key: str) -> int | None:
+def _status_bytes(*keys: str) -> list[int | None]:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    for line in lines:
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024  # the file counts in kB
-    return None
+        return [None] * len(keys)
+    found = {line.split()[0]: line.split()[1] for line in lines if line.startswith(keys)}
+    return [int(found[key]) * 1024 if key in found else None for key in keys]  # it counts in kB
