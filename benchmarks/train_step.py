@@ -27,7 +27,7 @@ from tinylm import TinyLM
 from tinylm.config import PRESETS, ModelConfig, preset
 from tinylm.device import choose_device, precision_context
 from tinylm.losses import sum_loss
-from tinylm.optim import build_optimizer
+from tinylm.optim import build_optimizer, clip_gradients, step_if_finite
 from tinylm.performance import apply_performance, without_compilation
 from tinylm.throughput import flops_per_token, peak_flops, peak_memory_bytes
 from tinylm.training_config import PRECISIONS, OptimizerConfig, PerformanceConfig
@@ -116,7 +116,8 @@ class Contender:
         torch.manual_seed(0)
         config = settings.config.replace(dense=name == "dense")
         self.model = TinyLM.from_config(config).to(device).train()
-        self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.optimizer_config = OptimizerConfig()
+        self.optimizer = build_optimizer(self.model, self.optimizer_config)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
         self.precision = precision_context(settings.precision, device)
@@ -161,9 +162,10 @@ class Contender:
         """Do one update; return the summed loss."""
         with self.precision:
             loss: Tensor = self.model(self.ids, labels=self.labels)
-        (loss / self.labels.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        mean = loss / self.labels.numel()
+        mean.backward()
+        norm = clip_gradients(self.model.parameters(), self.optimizer_config.max_grad_norm)
+        step_if_finite(self.optimizer, torch.stack((mean.detach(), norm)))
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

@@ -12,6 +12,7 @@ from tinylm.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
     set_step_hyperparameters,
+    step_if_finite,
 )
 from tinylm.training_config import OptimizerConfig, ScheduleConfig
 
@@ -187,3 +188,23 @@ def test_update_of_parts_is_adamws() -> None:
         states = ours.state[found], theirs.state[expected]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, ShardedAdamW])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_update_is_left_out_if_a_figure_is_not_finite(
+    kind: type[torch.optim.AdamW], bad: float
+) -> None:
+    results = []
+    for figures in ([1.0, 2.0], [1.0, bad], [3.0, 4.0]), ([1.0, 2.0], [3.0, 4.0]):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        optimizer = kind(model.parameters(), lr=0.1, fused=True)
+        for values in figures:
+            sound = all(math.isfinite(value) for value in values)
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, values[1] if sound else bad)
+            step_if_finite(optimizer, torch.tensor(values))
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        results.append([*model.parameters(), *states])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinylm.errors import ConfigError
 from tinylm.training_config import PRECISIONS
@@ -69,3 +71,20 @@ def precision_context(
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def start_reading(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a vector to the host; return what waits for it and gives its numbers.
+
+    What a GPU is given meanwhile is not waited for.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    copied = values.to("cpu", non_blocking=True)  # into pinned memory
+    done = torch.cuda.current_stream(values.device).record_event()
+
+    def finish() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return finish

@@ -104,6 +104,7 @@ class ShardedAdamW(torch.optim.AdamW):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                found_inf=getattr(self, "found_inf", None),
             )
 
 
@@ -139,6 +140,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     kind = ShardedAdamW if is_sharded(matrices[0]) else torch.optim.AdamW
     # The fused kernel updates a parameter in one pass over memory, on the CPU too.
     return kind(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, figures: Tensor) -> None:
+    """Do one update, unless a figure is not finite: then weights and moments stay as they are.
+
+    The fused kernel looks by itself, as it does for ``torch.amp.GradScaler``, so that a GPU need
+    not wait until the host knows.
+
+    Args:
+        optimizer: Made by :func:`build_optimizer`.
+        figures: What tells whether the gradients are sound, such as loss and norm; any shape.
+    """
+    optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from tinylm import training_state as saved_state
 from tinylm.batch_plan import plan_batch
 from tinylm.data import Batch, BatchOrder
-from tinylm.device import choose_device, precision_context
+from tinylm.device import choose_device, precision_context, start_reading
 from tinylm.distributed import connect, launched_world
 from tinylm.errors import ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
@@ -26,7 +26,13 @@ from tinylm.evaluate import (
     ternary_statistics,
 )
 from tinylm.model import TinyLM
-from tinylm.optim import Schedule, build_optimizer, clip_gradients, set_step_hyperparameters
+from tinylm.optim import (
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    set_step_hyperparameters,
+    step_if_finite,
+)
 from tinylm.parallel import choose_mode, parallelize
 from tinylm.performance import apply_performance, without_compilation
 from tinylm.prefetch import BatchQueue
@@ -257,21 +263,20 @@ class Trainer:
             loss += part_loss.detach()
         loss = self.world.sum_tensor(loss)
         norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        # The one synchronisation of a step on a GPU.
-        loss_value, norm_value = torch.stack((loss, norm)).tolist()
-        accepted = math.isfinite(loss_value) and math.isfinite(norm_value)
+        figures = torch.stack((loss, norm))
+        read = start_reading(figures)
         rate = set_step_hyperparameters(
             self.optimizer, self.schedule, self.config.optimizer, self.state.step
         )
+        before = ternary_codes(self.model) if with_statistics else {}
+        step_if_finite(self.optimizer, figures)
+        # The one synchronisation of a step on a GPU, which has the update to do meanwhile.
+        loss_value, norm_value = read()
+        accepted = math.isfinite(loss_value) and math.isfinite(norm_value)
         statistics: Mapping[str, Any] = {}
         if accepted and with_statistics:
-            before = ternary_codes(self.model)
-            self.optimizer.step()
-            after = ternary_codes(self.model)
             owners = self.world if self.parallel.is_sharded else None
-            statistics = ternary_statistics(after, before, world=owners)
-        elif accepted:
-            self.optimizer.step()
+            statistics = ternary_statistics(ternary_codes(self.model), before, world=owners)
         self.optimizer.zero_grad(set_to_none=True)
         return saved_state.StepResult(
             loss=loss_value,
