@@ -60,11 +60,16 @@ def check_passes(device: str) -> None:
             assert torch.equal(codes, expected) and codes.dtype == dtype
             assert torch.equal(scale, expected_scale) and scale.dtype == torch.float32
         for x in activations(device):
-            q, stored, s = TRITON_PASSES.quantize(x, "int8", dtype)
-            expected_q, expected_stored, expected_s = TORCH_PASSES.quantize(x, "int8", dtype)
+            q, stored, s = TRITON_PASSES.quantize(x, "int8", dtype, keep=True)
+            expected_q, expected_stored, expected_s = TORCH_PASSES.quantize(
+                x, "int8", dtype, keep=True
+            )
             assert torch.equal(q, expected_q) and q.dtype == dtype
             assert torch.equal(stored, expected_stored) and stored.dtype == torch.int8
             assert torch.equal(s, expected_s) and s.shape == (*x.shape[:-1], 1)
+            for work in (TORCH_PASSES, TRITON_PASSES):
+                q, nothing, s = work.quantize(x, "int8", dtype, keep=False)
+                assert torch.equal(q, expected_q) and torch.equal(s, expected_s) and nothing is None
             x_hat = TRITON_PASSES.dequantize(stored, s, dtype)
             check_rounded(x_hat, TORCH_PASSES.dequantize(stored, s, dtype))
             scale = torch.tensor(0.0317, device=device)
@@ -76,7 +81,8 @@ def check_passes(device: str) -> None:
     for bad in (float("nan"), float("inf")):
         x = torch.ones(2, 8, device=device)
         x[1, 3] = bad
-        q, _, s = TRITON_PASSES.quantize(x, "int8", torch.bfloat16)
+        q, stored, s = TRITON_PASSES.quantize(x, "int8", torch.bfloat16, keep=False)
+        assert stored is None
         assert torch.isfinite(q[0]).all() and not torch.isfinite(q[1].float() / s[1]).all()
         codes, _ = TRITON_PASSES.ternarize(x, torch.bfloat16)
         assert not torch.isfinite(codes).all()

@@ -41,7 +41,7 @@ class _TernaryLinear(torch.autograd.Function):
         dtype = matmul_dtype(x)
         work = passes(quantizers, x, activation)
         codes, scale = work.ternarize(weight, dtype)
-        q, stored, s = work.quantize(x, activation, dtype)
+        q, stored, s = work.quantize(x, activation, dtype, keep=True)
         with torch.autocast(x.device.type, enabled=False):
             accumulator = accumulate(q, codes, activation)
             y = work.rescale(accumulator, scale, s, out_dtype)
@@ -109,12 +109,9 @@ class BitLinear(nn.Module):
         dtype = matmul_dtype(x)
         codes, scale = self.weight_codes(dtype)
         work = passes(self.quantizers, x, self.activation)
-        if work is TORCH_PASSES:  # which would make a copy for a backward pass
-            q, s = quantize_activation(x, self.activation)
-        else:
-            q, _, s = work.quantize(x, self.activation, dtype)
+        q, _, s = work.quantize(x, self.activation, dtype, keep=False)
         with torch.autocast(x.device.type, enabled=False):
-            accumulator = accumulate(q.to(dtype), codes, self.activation)
+            accumulator = accumulate(q, codes, self.activation)
             return work.rescale(accumulator, scale, s, out_dtype)
 
     def train(self, mode: bool = True) -> BitLinear:

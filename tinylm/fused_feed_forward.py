@@ -48,7 +48,7 @@ class _TernaryFeedForward(torch.autograd.Function):
             down_codes, down_scale = work.ternarize(down_weight, dtype)
             codes = torch.cat((gate_codes, up_codes))  # [2 K, H]
             scales = torch.stack((gate_scale, up_scale, down_scale))
-            q, stored, s_in = work.quantize(rows, "int8", dtype)
+            q, stored, s_in = work.quantize(rows, "int8", dtype, keep=True)
             gate_up = accumulate(q, codes, "int8")  # [M, 2 K]
             s_in = s_in.flatten()
             q, r, s = _kernels().swiglu_norm(gate_up, s_in, scales, norm_weight, eps)

@@ -25,9 +25,12 @@ class QuantizerPasses(Protocol):
         """Return codes [N, K] of ``dtype`` and their scale, a float32 scalar."""
 
     def quantize(
-        self, x: Tensor, activation: Activation, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [..., K] in ``dtype``, q in one byte, and s, float32 [..., 1]."""
+        self, x: Tensor, activation: Activation, dtype: torch.dtype, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return q [..., K] in ``dtype``, q in one byte, and s, float32 [..., 1].
+
+        The second is for a backward pass: None unless ``keep``.
+        """
 
     def rescale(
         self, values: Tensor, scale: Tensor, s: Tensor | None, dtype: torch.dtype
@@ -50,11 +53,11 @@ class TorchPasses:
         return codes.to(dtype), scale
 
     def quantize(
-        self, x: Tensor, activation: Activation, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, activation: Activation, dtype: torch.dtype, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """See :class:`QuantizerPasses`."""
         q, s = quantize_activation(x, activation)
-        return q.to(dtype), q.to(storage_dtype(activation)), s
+        return q.to(dtype), q.to(storage_dtype(activation)) if keep else None, s
 
     def rescale(
         self, values: Tensor, scale: Tensor, s: Tensor | None, dtype: torch.dtype

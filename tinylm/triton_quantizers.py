@@ -61,8 +61,8 @@ def _ternarize(weight, partial, codes, scale, numel, PARTIALS: tl.constexpr, BLO
 
 
 @triton.jit
-def _quantize(x, q, stored, s, width, BLOCK: tl.constexpr):  # noqa: N803
-    """One row a program: absmax, then ``round(x * 127 / absmax)`` in two dtypes."""
+def _quantize(x, q, stored, s, width, KEEP: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    """One row a program: absmax, then ``round(x * 127 / absmax)`` in one or two dtypes."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -72,7 +72,8 @@ def _quantize(x, q, stored, s, width, BLOCK: tl.constexpr):  # noqa: N803
     factor = tl.div_rn(tl.full([], _INT8_MAX, tl.float32), absmax)
     code = _round_and_clamp(values * factor, -128.0, 127.0)
     tl.store(q + at, code.to(q.dtype.element_ty), mask=inside)
-    tl.store(stored + at, code.to(tl.int8), mask=inside)
+    if KEEP:
+        tl.store(stored + at, code.to(tl.int8), mask=inside)
     tl.store(s + row, factor)
 
 
@@ -133,17 +134,17 @@ class TritonPasses:
         return codes, scale
 
     def quantize(
-        self, x: Tensor, activation: Activation, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, activation: Activation, dtype: torch.dtype, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One kernel."""
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
         q = torch.empty_like(x, dtype=dtype)
-        stored = torch.empty_like(x, dtype=torch.int8)
+        stored = torch.empty_like(x, dtype=torch.int8) if keep else None
         s = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         if rows:
-            _quantize[(rows,)](x, q, stored, s, width, **_row_options(width))
+            _quantize[(rows,)](x, q, stored, s, width, KEEP=keep, **_row_options(width))
         return q, stored, s
 
     def rescale(
@@ -158,7 +159,7 @@ class TritonPasses:
             _rescale[(rows,)](
                 values,
                 scale,
-                scale if s is None else s,
+                s,
                 out,
                 width,
                 HAS_S=s is not None,

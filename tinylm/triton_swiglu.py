@@ -204,12 +204,17 @@ def _num_programs(x: Tensor) -> int:
     return min(len(x), _PROGRAMS_PER_SM * properties.multi_processor_count)
 
 
-def _options(width: int) -> dict[str, int]:
+def _options(width: int) -> dict[str, int | bool]:
     """Return the two blocks, the second as small as it can be, and the warps."""
     first = max(16, triton.next_power_of_2(width // 2 + 1))
     second = max(16, triton.next_power_of_2(max(1, width - first)))
     most = 8 if first <= 4096 else 16  # wider rows would spill
-    return {"FIRST": first, "SECOND": second, "num_warps": max(1, min(most, first // 256))}
+    return {
+        "FIRST": first,
+        "SECOND": second,
+        "num_warps": max(1, min(most, first // 256)),
+        "enable_fp_fusion": True,  # Triton's default is about to change
+    }
 
 
 @torch.library.custom_op("tinylm::swiglu_norm", mutates_args=())
@@ -233,8 +238,8 @@ def swiglu_norm(
     if rows:
         _forward[(_num_programs(gate_up),)](
             gate_up.contiguous(),
-            r if s_in is None else s_in,
-            r if scales is None else scales,
+            s_in,
+            scales,
             weight,
             out,
             r,
@@ -301,8 +306,8 @@ def swiglu_norm_backward(
     _backward[(programs,)](
         d_out.contiguous(),
         gate_up.contiguous(),
-        r if s_in is None else s_in,
-        r if scales is None else scales,
+        s_in,
+        scales,
         weight,
         r,
         s,
