@@ -15,7 +15,7 @@ from test_passes import feeds
 from tolerances import DENSE_LOGITS
 from torch import Tensor
 
-from tinylm import TinyLM, attention, bitlinear
+from tinylm import TinyLM, attention, bitlinear, quantizer_passes
 from tinylm.errors import ExportError
 from tinylm_export.model_graph import build_onnx
 from tinylm_export.ops import DOMAIN
@@ -30,7 +30,7 @@ def unquantized(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         return x.float(), torch.ones(*x.shape[:-1], 1)
 
-    for module in (bitlinear, attention):
+    for module in (bitlinear, quantizer_passes, attention):
         monkeypatch.setattr(module, "quantize_activation", keep)
 
 

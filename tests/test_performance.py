@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from model_helpers import make_model
 from rich.console import Console
 from tolerances import BIT_LINEAR_GRADIENT, COMPILED_DENSE_LOSS, COMPILED_LOSS, Tolerance
+from torch.nn.parallel import DistributedDataParallel
 from training_helpers import config, losses, records, stop_after, trainer
 
-from tinylm import BitLinear, TinyLM, preset
+from tinylm import BitLinear, ModelConfig, TinyLM, preset
 from tinylm.attention_backends import BackendChain, PlainBackend
 from tinylm.checkpoint import load_model
 from tinylm.data import Batch, BatchOrder
 from tinylm.dense_linear import DenseLinear
 from tinylm.errors import ConfigError, DataError
+from tinylm.performance import apply_performance
 from tinylm.prefetch import BatchQueue
 from tinylm.throughput import PEAK_TFLOPS, Throughput, flops_per_token, peak_flops
 from tinylm.training_config import PerformanceConfig
@@ -46,6 +49,23 @@ def test_compiled_run_is_the_eager_run(tmp_path: Path) -> None:
     # One compilation serves every layer, and none was made for evaluation.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, the loss
     assert list(compiled.model.state_dict()) == list(trainer(tmp_path / "names").model.state_dict())
+
+
+def test_a_layer_under_ddp_is_compiled_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # its default
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # Layers of more than the MiB that DDP's first bucket holds.
+    config = ModelConfig(vocab_size=64, hidden_size=256, num_layers=2, num_heads=4, max_seq_len=8)
+    model = TinyLM.from_config(config)
+    apply_performance(model, PerformanceConfig(compile=True), torch.device("cpu"))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        ids = torch.zeros(1, 8, dtype=torch.int64)
+        DistributedDataParallel(model)(ids, labels=ids).backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 2  # a layer, the loss
 
 
 def test_compiled_dense_run_is_the_eager_run(tmp_path: Path) -> None:
