@@ -46,8 +46,8 @@ def apply_performance(
     model.set_quantizers(choose_quantizers(config.quantizers, device))
     if config.compile:
         _settle_attention(model, config.attention, device, precision)
-        # Else a layer is cut where DDP's buckets end, compiled piece by piece and fused in none,
-        # so that gradients are there early; layer by layer they are early enough.
+        # Else DDP cuts each layer's graph where its buckets end, for gradients that come early:
+        # three graphs for one, and no fusion across. A layer's are early enough for overlap.
         torch._dynamo.config.optimize_ddp = False
         for layer in model.layers:
             layer.compile()
