@@ -32,6 +32,12 @@ TEXT_BYTES = 1_000_000
 # tests/tolerances.py. bfloat16 has such borders in every product.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-3}
 PARTS = ("speed", "losses")
+# What `tinylm train` is told for each.
+MODES = {
+    "ddp": ("--parallel", "ddp"),
+    "fsdp": ("--parallel", "fsdp"),
+    "fsdp-no-reshard": ("--parallel", "fsdp", "--no-reshard-after-forward"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +136,7 @@ def measure(setup: Setup, mode: str, processes: int) -> dict[str, Any]:
         setup,
         name,
         processes,
-        *("--parallel", mode, "--max-steps", str(setup.steps)),
+        *(*MODES[mode], "--max-steps", str(setup.steps)),
         *("--batch-size", str(setup.batch_per_process * processes)),
         *("--log-every", str(setup.log_every), "--save-every", "1000000"),
     )
@@ -175,7 +181,7 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
         *("--micro-batch-size", str(setup.batch_per_process), "--deterministic"),
     )
     limit = TOLERANCE[setup.device.partition(":")[0]]
-    expected = run(setup, "one", 1, "--parallel", "ddp", *fixed)
+    expected = run(setup, "one", 1, *MODES["ddp"], *fixed)
     results = []
 
     def compare(what: str, records: list[dict[str, Any]]) -> None:
@@ -186,14 +192,14 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
 
     for mode in modes:
         name = f"{mode}-many"
-        compare(f"{mode} on {processes}", run(setup, name, processes, "--parallel", mode, *fixed))
+        compare(f"{mode} on {processes}", run(setup, name, processes, *MODES[mode], *fixed))
         middle = f"step-{half:08d}"
         back = ("--resume-from", str(setup.work / name / "checkpoints" / middle))
-        records = run(setup, name, 1, "--parallel", "ddp", *fixed, *back)
+        records = run(setup, name, 1, *MODES["ddp"], *fixed, *back)
         compare(f"{mode} on {processes}, then 1", records)
         shutil.rmtree(setup.work / name)
         shutil.copytree(setup.work / "one", setup.work / name, symlinks=True)
-        records = run(setup, name, processes, "--parallel", mode, *fixed, *back)
+        records = run(setup, name, processes, *MODES[mode], *fixed, *back)
         compare(f"1, then {mode} on {processes}", records)
         shutil.rmtree(setup.work / name)
     return results
@@ -236,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write JSON; 1 if losses disagree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--modes", default="ddp,fsdp")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--preset", default="tinylm-300m")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-per-process", type=int, default=16)
@@ -252,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("further", nargs="*", help="arguments for tinylm train, after --")
     given = parser.parse_args(argv)
     modes = given.modes.split(",")
+    if unknown := set(modes) - set(MODES):
+        parser.error(f"--modes takes {', '.join(MODES)}, found {', '.join(sorted(unknown))}")
     if given.steps < 2 * given.log_every:
         parser.error(f"--steps must be at least 2 * --log-every, found {given.steps}")
     if given.data is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from training_helpers import inputs, start_process
 
 from tinylm.cli import main
@@ -28,6 +30,16 @@ def arguments(out: Path, *further: str) -> list[str]:
         *("--sample-tokens", "4", "--no-tensorboard", "--device", "cpu", "--num-threads", "1"),
         *further,
     ]
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """Make this process a group, which DDP and FSDP need."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def free_port() -> int:

@@ -91,6 +91,10 @@ def test_groups_that_hsdp_cannot_form_are_refused() -> None:
         choose_mode(ParallelConfig(mode="hsdp", replicas=3), world(8))
     with pytest.raises(ConfigError, match=r"replicas belongs to --parallel hsdp, .*'fsdp'"):
         ParallelConfig(mode="fsdp", replicas=2)
+    with pytest.raises(
+        ConfigError, match=r"reshard_after_forward .* fsdp or hsdp only, found .*ddp"
+    ):
+        ParallelConfig(mode="ddp", reshard_after_forward=False)
     with pytest.raises(ConfigError, match=r"mode must be one of ddp, fsdp, hsdp, found 'dp'"):
         ParallelConfig(mode="dp")
 

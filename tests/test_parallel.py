@@ -16,6 +16,7 @@ import torch
 from distributed_helpers import (
     DEADLINE_SECONDS,
     arguments,
+    group_of_one,
     join_all,
     run_processes,
     start_processes,
@@ -31,10 +32,14 @@ from tolerances import (
 )
 from training_helpers import losses, records
 
+from tinylm import TinyLM, preset
 from tinylm.checkpoint import load_model
 from tinylm.cli import main
 from tinylm.consolidate import consolidate
+from tinylm.distributed import World, is_sharded
 from tinylm.errors import CheckpointError
+from tinylm.parallel import parallelize
+from tinylm.training_config import ParallelConfig
 
 Runs = Callable[..., Path]
 
@@ -101,13 +106,29 @@ def test_without_codes_every_step_is_the_same(finished: Runs, mode: str, num: in
     assert_same_run(several, single, dense=True)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "mode", [("ddp",), ("fsdp",), ("fsdp", "--no-reshard-after-forward")], ids=" ".join
+)
 def test_parts_of_a_share_add_up_to_the_same_step(
-    finished: Runs, tmp_path: Path, mode: str
+    finished: Runs, tmp_path: Path, mode: tuple[str, ...]
 ) -> None:
-    further = ("--parallel", mode, "--micro-batch-size", "1", "--dense")
+    further = ("--parallel", *mode, "--micro-batch-size", "1", "--dense")
     run_processes(2, arguments(tmp_path / "run", *further), tmp_path / "logs")
     assert_same_run(tmp_path / "run", finished("ddp", 1, dense=True), dense=True)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_layers_weights_are_dropped_after_its_forward_pass_or_kept(reshard: bool) -> None:
+    model = TinyLM.from_config(preset("tinylm-test"))
+    settings = ParallelConfig(mode="fsdp", reshard_after_forward=reshard)
+    with group_of_one():
+        parallelize(model, settings, World())
+        loss = model(torch.zeros(1, 4, dtype=torch.int64)).sum()
+        weights = [layer.mlp.down_proj.weight for layer in model.layers]
+        assert [is_sharded(weight) for weight in weights] == [reshard] * len(weights)
+        loss.backward()
+        weights = [layer.mlp.down_proj.weight for layer in model.layers]
+        assert all(is_sharded(weight) for weight in weights)
 
 
 @pytest.mark.parametrize(("mode", "num"), [("fsdp", 2), ("hsdp", 4)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from distributed_helpers import group_of_one
 from model_helpers import make_model
 from rich.console import Console
 from tolerances import BIT_LINEAR_GRADIENT, COMPILED_DENSE_LOSS, COMPILED_LOSS, Tolerance
@@ -59,12 +59,9 @@ def test_a_layer_under_ddp_is_compiled_in_one_piece(monkeypatch: pytest.MonkeyPa
     config = ModelConfig(vocab_size=64, hidden_size=256, num_layers=2, num_heads=4, max_seq_len=8)
     model = TinyLM.from_config(config)
     apply_performance(model, PerformanceConfig(compile=True), torch.device("cpu"))
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        ids = torch.zeros(1, 8, dtype=torch.int64)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with group_of_one():
         DistributedDataParallel(model)(ids, labels=ids).backward()
-    finally:
-        dist.destroy_process_group()
     assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 2  # a layer, the loss
 
 

@@ -61,7 +61,16 @@ def test_scaling_benchmark_measures_both_engines(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks/train_scaling.py"), "--processes", "2"),
-            *("--modes", "fsdp", "--part", "speed", "--device", "cpu", "--preset", "tinylm-test"),
+            *(
+                "--modes",
+                "fsdp-no-reshard",
+                "--part",
+                "speed",
+                "--device",
+                "cpu",
+                "--preset",
+                "tinylm-test",
+            ),
             *("--seq-len", "32", "--batch-per-process", "2", "--steps", "4", "--log-every", "2"),
             *("--inputs", str(tmp_path / "inputs"), "--work", str(tmp_path / "runs")),
             *("--out", str(tmp_path / "scaling.json"), "--", "--vocab-size", "2048"),
@@ -72,9 +81,9 @@ def test_scaling_benchmark_measures_both_engines(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "scaling.json").read_text())["speed"]
-    assert [(r["mode"], r["processes"]) for r in results] == [("ddp", 1), ("fsdp", 2)]
+    assert [(r["mode"], r["processes"]) for r in results] == [("ddp", 1), ("fsdp-no-reshard", 2)]
     single, several = (r["tokens_per_second"] for r in results)
     assert single > 0 and results[0]["efficiency"] == 1.0
     assert results[1]["efficiency"] == pytest.approx(several / (2 * single))
-    assert f"| fsdp | 2 | {several:,.0f} |" in done.stdout
+    assert f"| fsdp-no-reshard | 2 | {several:,.0f} |" in done.stdout
     assert not (tmp_path / "runs").exists()

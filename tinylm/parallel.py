@@ -102,7 +102,7 @@ def parallelize(model: TinyLM, config: ParallelConfig, world: World) -> Parallel
             gradient_as_bucket_view=True,
         )
     elif mode != "none":
-        _shard(model, _mesh(model, mode, config, world))
+        _shard(model, _mesh(model, mode, config, world), config)
     return ParallelModel(mode=mode, module=model, compute=compute)
 
 
@@ -117,7 +117,7 @@ def _mesh(model: TinyLM, mode: str, config: ParallelConfig, world: World) -> Dev
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(model: TinyLM, mesh: DeviceMesh) -> None:
+def _shard(model: TinyLM, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Shard every layer by itself, so that one layer at a time is whole, then the rest."""
     # Imported here, because it takes seconds and most runs are one process.
     from torch.distributed.fsdp import (
@@ -130,7 +130,8 @@ def _shard(model: TinyLM, mesh: DeviceMesh) -> None:
     policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
     for linear in model.bit_linears().values():
         linear.keeps_codes = False
+    reshard = config.reshard_after_forward
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "last_logits")  # what generating calls

@@ -385,6 +385,11 @@ class ParallelConfig:
     replicas: int | None = setting(
         None, help="hsdp: groups that hold a whole model each. Default: one a machine."
     )
+    reshard_after_forward: bool = setting(
+        True,
+        help="fsdp, hsdp: drop a layer's gathered weights after its forward pass, and gather them "
+        "again for its backward pass. Off: faster, with the whole weights in memory in between.",
+    )
 
     def __post_init__(self) -> None:
         if self.mode is not None:
@@ -392,6 +397,11 @@ class ParallelConfig:
         _positive(self, "replicas")
         if self.replicas is not None and self.mode != "hsdp":
             raise ConfigError(f"replicas belongs to --parallel hsdp, found parallel {self.mode!r}.")
+        if not self.reshard_after_forward and self.mode not in ("fsdp", "hsdp"):
+            raise ConfigError(
+                "reshard_after_forward can be off with --parallel fsdp or hsdp only, found "
+                f"parallel {self.mode!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
