@@ -130,15 +130,14 @@ def _resident_bytes() -> tuple[int | None, int | None]:
     """
     # One reading of the file: of two, the later resident set may exceed the earlier largest.
     resident, largest = _status_bytes("VmRSS:", "VmHWM:")
-    if resident is not None and largest is not None:
-        return resident, largest
-    try:
-        import resource
-    except ImportError:
-        return None, None
-    unit = 1 if sys.platform == "darwin" else 1024
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return largest, largest
+    if largest is None:
+        with contextlib.suppress(ImportError):
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            largest = max(counted, resident or 0)  # it lags behind
+    return resident or largest, largest
 
 
 def _status_bytes(*keys: str) -> list[int | None]:

@@ -61,16 +61,8 @@ def test_scaling_benchmark_measures_both_engines(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks/train_scaling.py"), "--processes", "2"),
-            *(
-                "--modes",
-                "fsdp-no-reshard",
-                "--part",
-                "speed",
-                "--device",
-                "cpu",
-                "--preset",
-                "tinylm-test",
-            ),
+            *("--modes", "fsdp-no-reshard", "--part", "speed"),
+            *("--device", "cpu", "--preset", "tinylm-test"),
             *("--seq-len", "32", "--batch-per-process", "2", "--steps", "4", "--log-every", "2"),
             *("--inputs", str(tmp_path / "inputs"), "--work", str(tmp_path / "runs")),
             *("--out", str(tmp_path / "scaling.json"), "--", "--vocab-size", "2048"),

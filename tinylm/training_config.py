@@ -388,7 +388,7 @@ class ParallelConfig:
     reshard_after_forward: bool = setting(
         True,
         help="fsdp, hsdp: drop a layer's gathered weights after its forward pass, and gather them "
-        "again for its backward pass. Off: faster, with the whole weights in memory in between.",
+        "again for its backward pass. Off: one exchange less, whole weights in memory in between.",
     )
 
     def __post_init__(self) -> None:
