@@ -155,7 +155,7 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> 
     early = trainer(out)
     early.run.prepare()
     with early._open_recorder() as early.recorder:
-        early._count_and_record(*early._timed_step())
+        early._count_and_record(early.train_step())
     assert len(losses(out)) == 1
     trainer(out, resume=True).train()
     assert losses(out) == losses(tmp_path / "reference")

@@ -218,48 +218,82 @@ def test_not_finite_step_is_rejected_before_it_does_harm(tmp_path: Path) -> None
 
 def test_diverged_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path, training={"max_steps": 20, "max_bad_steps": 3})
-    real_step, seen = run.train_step, []
+    real_take, seen = run.take_gradients, []
 
-    def poisoned(**kwargs: Any) -> Any:
+    def poisoned() -> Any:
         if run.state.step == 6:
             with torch.no_grad():
                 run.model.norm.weight.fill_(math.inf)
-        seen.append(real_step(**kwargs))
+        seen.append(real_take())
         return seen[-1]
 
-    run.train_step = poisoned  # type: ignore[method-assign]
+    run.take_gradients = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingDivergedError) as error:
         run.train()
     message = str(error.value)
     assert "diverged after step 6" in message and "3 steps in a row" in message
     assert f"last good one is {tmp_path}/checkpoints/step-00000004" in message
-    assert [step.accepted for step in seen] == [True] * 6 + [False] * 3
+    assert [bool(batch.loss.isfinite()) for batch in seen] == [True] * 6 + [False] * 3
     assert run.state.rejected_steps == 3
     check_intact(tmp_path / "last", training_state=True)
     assert all(bool(p.isfinite().all()) for p in load_model(tmp_path / "last").parameters())
 
 
-def test_single_bad_steps_are_counted_and_survived(tmp_path: Path) -> None:
-    run = trainer(tmp_path, training={"max_bad_steps": 2})
-    real_step, calls = run.train_step, 0
+def poison(run: Trainer, *bad: int) -> list[float]:
+    """Give a run a norm weight that is not a number in its batches number ``bad``, from 1.
 
-    def sometimes_poisoned(**kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
+    Returns:
+        The batches' losses, as they come.
+    """
+    real_take, taken = run.take_gradients, []
+
+    def take() -> Any:
         weight = run.model.norm.weight
         kept = weight.detach().clone()
         with torch.no_grad():
-            if calls in (2, 5):
-                weight.fill_(math.nan)
-        result = real_step(**kwargs)
-        if calls in (2, 5):
-            with torch.no_grad():
-                weight.copy_(kept)
-        return result
+            weight.fill_(math.nan if len(taken) + 1 in bad else 1.0).mul_(kept)
+        batch = real_take()
+        with torch.no_grad():
+            weight.copy_(kept)
+        taken.append(batch.loss.item())
+        return batch
 
-    run.train_step = sometimes_poisoned  # type: ignore[method-assign]
+    run.take_gradients = take  # type: ignore[method-assign]
+    return taken
+
+
+def test_single_bad_steps_are_counted_and_survived(tmp_path: Path) -> None:
+    run = trainer(tmp_path, training={"max_bad_steps": 2})
+    taken = poison(run, 2, 5)
     summary = run.train()
-    assert (summary.step, summary.rejected_steps, calls) == (8, 2, 10)
+    assert (summary.step, summary.rejected_steps, len(taken)) == (8, 2, 10)
+
+
+def test_looking_at_a_step_later_changes_nothing(tmp_path: Path) -> None:
+    often: dict[str, Any] = {"evaluation": {"eval_every": 3}, "checkpoint": {"save_every": 4}}
+    runs, batches = {}, {}
+    for name, log_every in (("each", 1), ("rarely", 100)):
+        run = runs[name] = trainer(tmp_path / name, logging={"log_every": log_every}, **often)
+        batches[name] = poison(run, 2, 4, 9)
+        run.train()
+    assert [math.isnan(loss) for loss in batches["each"]] == [i in (1, 3, 8) for i in range(11)]
+    np.testing.assert_array_equal(batches["each"], batches["rarely"])
+    assert differences(snapshot(runs["each"]), snapshot(runs["rarely"])) == []
+    assert runs["each"].state.to_dict() == runs["rarely"].state.to_dict()
+    kept = [{p.name for p in (tmp_path / name / "checkpoints").iterdir()} for name in runs]
+    assert kept[0] == kept[1] != set()
+
+
+def test_next_batch_is_under_way_before_a_step_is_looked_at(tmp_path: Path) -> None:
+    run = trainer(tmp_path, logging={"log_every": 4}, evaluation={"eval_every": 100})
+    done: list[str] = []
+    take, count = run.take_gradients, run._count_and_record
+    run.take_gradients = lambda: (done.append("take"), take())[1]  # type: ignore[method-assign]
+    run._count_and_record = lambda result: (done.append("count"), count(result))[1]  # type: ignore[method-assign, func-returns-value]
+    run.train()
+    # Steps 4 and 8 are logged: nothing is under way while they are.
+    four = ["take", "take", "count", "take", "count", "take", "count", "count"]
+    assert done == 2 * four
 
 
 def test_absurd_learning_rate_ends_in_the_divergence_error(tmp_path: Path) -> None:
@@ -270,15 +304,15 @@ def test_absurd_learning_rate_ends_in_the_divergence_error(tmp_path: Path) -> No
 
 def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path)
-    real_step = run.train_step
+    real_take = run.take_gradients
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_disk_later(**kwargs: Any) -> Any:
+    def fill_disk_later() -> Any:
         if run.state.step == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        return real_step(**kwargs)
+        return real_take()
 
-    run.train_step = fill_disk_later  # type: ignore[method-assign]
+    run.take_gradients = fill_disk_later  # type: ignore[method-assign]
     try:
         with pytest.raises(CheckpointError, match=r"step-00000008: can't be written: .*--resume"):
             run.train()

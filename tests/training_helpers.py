@@ -95,13 +95,13 @@ def trainer(out: Path, *, resume: bool = False, **sections: dict[str, Any]) -> T
 
 def stop_after(run: Trainer, num_steps: int) -> None:
     """Let a run stop by itself after its step of that number, as a signal would have it."""
-    step = run.train_step
+    take = run.take_gradients
 
-    def step_and_stop(**kwargs: Any) -> Any:
+    def take_and_stop() -> Any:
         run.stop.requested = run.state.step == num_steps - 1
-        return step(**kwargs)
+        return take()
 
-    run.train_step = step_and_stop  # type: ignore[method-assign]
+    run.take_gradients = take_and_stop  # type: ignore[method-assign]
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:

@@ -156,6 +156,7 @@ def step_if_finite(optimizer: torch.optim.AdamW, figures: Tensor) -> None:
     optimizer.step()
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Shorten all gradients together to a norm of at most ``max_norm``, in place.
 

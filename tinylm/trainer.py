@@ -39,6 +39,7 @@ from tinylm.prefetch import BatchQueue
 from tinylm.recorder import Recorder, SilentRecorder
 from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
 from tinylm.run_directory import RunDirectory
+from tinylm.step_result import BatchLoss, IssuedStep, StepResult
 from tinylm.stop_signals import StopSignals
 from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
@@ -117,6 +118,7 @@ class Trainer:
         self.stopping = False  # what all processes agreed on
         self.state = saved_state.TrainState(fingerprints=self.data.fingerprints)
         self._saved_step: int | None = None
+        self._clock = 0.0  # when the last step was counted, or the first one began
         if resume_point is not None:
             self._restore(resume_point)
         elif resume:
@@ -190,16 +192,38 @@ class Trainer:
         self.world.on_main(self.run.prepare)
         with self._open_recorder() as self.recorder, self.stop:
             self._agree_to_stop()
+            issued: IssuedStep | None = None
             while True:
-                self._evaluate_if_due()
-                self._save_if_due()
-                if self.finished or self.stopping:
-                    break
-                self._count_and_record(*self._timed_step())
+                if issued is None:
+                    self._evaluate_if_due()
+                    self._save_if_due()
+                    if self.finished or self.stopping:
+                        break
+                    self._clock = time.perf_counter()
+                # A GPU is given the next batch before the last step's figures are asked for, so
+                # that it never waits for the host.
+                batch = self.take_gradients()
+                if issued is not None:
+                    self._count_and_record(issued.wait())
+                number = self.state.step + 1
+                issued = self._update(batch, with_statistics=self.recorder.is_logged(number))
                 if self.world.size == 1:  # several have agreed within the step
                     self._agree_to_stop()
+                if self._must_look_after(number):
+                    self._count_and_record(issued.wait())
+                    issued = None
             self.recorder.draw_curve()
         return self._summary()
+
+    def _must_look_after(self, step: int) -> bool:
+        """Return whether something is to be done with the weights that a step leaves."""
+        return (
+            self.stopping
+            or step >= self.total_steps
+            or step % self.config.evaluation.eval_every == 0
+            or step % self.config.checkpoint.save_every == 0
+            or self.recorder.is_logged(step)
+        )
 
     def _agree_to_stop(self) -> bool:
         """Return whether a signal has reached any process."""
@@ -232,8 +256,8 @@ class Trainer:
         """Return this process's share of a batch in the parts that go through the model."""
         return [self.data.train.batch(part) for part in self.plan.parts(indices)]
 
-    def train_step(self, *, with_statistics: bool = False) -> saved_state.StepResult:
-        """Do one update on the next batch.
+    def train_step(self, *, with_statistics: bool = False) -> StepResult:
+        """Do one update on the next batch, and wait until it is known to be good.
 
         The loss is the mean over all predicted tokens of the batch, however unequally processes
         and parts share them. If it or the gradient's norm is not finite, weights and moments stay
@@ -242,7 +266,12 @@ class Trainer:
         Args:
             with_statistics: Whether to compare the ternary codes before and after.
         """
+        return self._update(self.take_gradients(), with_statistics=with_statistics).wait()
+
+    def take_gradients(self) -> BatchLoss:
+        """Take the next batch's loss and gradients."""
         parts = next(self.batches)
+        data_order = self.batches.state_dict()
         counts = [sum(part.num_labels for part in parts), float(self.stop.requested)]
         agreed = self.world.start_sum(counts)
         num_tokens = 0
@@ -262,42 +291,39 @@ class Trainer:
                 (part_loss * self.world.size).backward()
             loss += part_loss.detach()
         loss = self.world.sum_tensor(loss)
+        return BatchLoss(loss=loss, num_tokens=num_tokens, data_order=data_order)
+
+    def _update(self, batch: BatchLoss, *, with_statistics: bool) -> IssuedStep:
+        """Update the weights with the gradients that are there, unless they are not finite."""
         norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        figures = torch.stack((loss, norm))
+        figures = torch.stack((batch.loss, norm))
         read = start_reading(figures)
         rate = set_step_hyperparameters(
             self.optimizer, self.schedule, self.config.optimizer, self.state.step
         )
         before = ternary_codes(self.model) if with_statistics else {}
         step_if_finite(self.optimizer, figures)
-        # The one synchronisation of a step on a GPU, which has the update to do meanwhile.
-        loss_value, norm_value = read()
-        accepted = math.isfinite(loss_value) and math.isfinite(norm_value)
-        statistics: Mapping[str, Any] = {}
-        if accepted and with_statistics:
-            owners = self.world if self.parallel.is_sharded else None
-            statistics = ternary_statistics(ternary_codes(self.model), before, world=owners)
         self.optimizer.zero_grad(set_to_none=True)
-        return saved_state.StepResult(
-            loss=loss_value,
-            grad_norm=norm_value,
+
+        def statistics() -> Mapping[str, Any]:
+            if not with_statistics:
+                return {}
+            owners = self.world if self.parallel.is_sharded else None
+            return ternary_statistics(ternary_codes(self.model), before, world=owners)
+
+        return IssuedStep(
+            batch=batch,
             learning_rate=rate,
-            num_tokens=num_tokens,
-            accepted=accepted,
-            ternary=statistics,
+            read=read,
+            statistics=statistics,
         )
 
-    def _timed_step(self) -> tuple[saved_state.StepResult, float]:
-        """Do a step and take its time in seconds."""
-        started = time.perf_counter()
-        result = self.train_step(with_statistics=self.recorder.is_logged(self.state.step + 1))
-        return result, time.perf_counter() - started
-
-    def _count_and_record(self, result: saved_state.StepResult, seconds: float) -> None:
+    def _count_and_record(self, result: StepResult) -> None:
         """Count a step that was done, and stop the run if it diverged."""
+        started, self._clock = self._clock, time.perf_counter()
         state = self.state
-        state.data_order = self.batches.state_dict()
-        self.recorder.time_step(seconds, result.num_tokens)
+        state.data_order = result.data_order
+        self.recorder.time_step(self._clock - started, result.num_tokens)
         if not result.accepted:
             state.rejected_steps += 1
             state.bad_steps_in_row += 1
@@ -323,7 +349,7 @@ class Trainer:
             }
         )
 
-    def _diverged(self, result: saved_state.StepResult) -> TrainingDivergedError:
+    def _diverged(self, result: StepResult) -> TrainingDivergedError:
         last = self.run.linked("last")
         saved = "no checkpoint was written yet" if last is None else f"the last good one is {last}"
         return TrainingDivergedError(

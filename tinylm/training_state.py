@@ -82,27 +82,6 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimiser step.
-
-    Attributes:
-        loss: Mean over the batch's predicted tokens, in nats.
-        grad_norm: Before clipping.
-        learning_rate: Used by the update.
-        num_tokens: Predicted tokens of the batch.
-        accepted: False if loss or gradient was not finite and nothing was updated.
-        ternary: Statistics of the codes if they were asked for, else empty.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    accepted: bool
-    ternary: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSummary:
     """How a run ended.
 
