@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinylm_export.machine import describe_machine
+
 VOCAB_SIZE = 2048
 TEXT_BYTES = 1_000_000
 # Float32 sums in another order move weights across the borders between codes: see SHORT_RUN in
@@ -228,16 +230,6 @@ def table(results: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any
     return "\n".join(lines)
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Return what was measured on."""
-    import torch
-
-    machine: dict[str, Any] = {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0))}
-    if device.startswith("cuda"):
-        machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return machine
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write JSON; 1 if losses disagree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -279,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         further=tuple(given.further),
     )
     values: dict[str, Any] = {
-        "machine": describe(given.device),
+        "machine": describe_machine(),
         "preset": given.preset,
         "seq_len": given.seq_len,
         "batch_per_process": given.batch_per_process,

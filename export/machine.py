@@ -20,12 +20,13 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the processor, its cores, the memory and the versions that matter, for JSON."""
+    """Return the processor, its cores, the GPUs, the memory and the versions, for JSON."""
     return {
         "cpu": cpu_model(),
         "logical_cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "memory_bytes": memory_bytes(),
+        "gpus": gpu_names(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": installed_versions(PACKAGES),
@@ -41,6 +42,13 @@ def cpu_model() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the GPUs that PyTorch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def usable_cores() -> int | None:

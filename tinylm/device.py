@@ -51,6 +51,11 @@ def choose_device(name: str, *, local_rank: int = 0, local_size: int = 1) -> tor
         ) from error
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a GPU is called, such as ``NVIDIA H100 80GB HBM3``; else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def precision_context(
     precision: str, device: torch.device
 ) -> contextlib.AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from tinylm import training_state as saved_state
 from tinylm.batch_plan import plan_batch
 from tinylm.data import Batch, BatchOrder
-from tinylm.device import choose_device, precision_context, start_reading
+from tinylm.device import choose_device, device_name, precision_context, start_reading
 from tinylm.distributed import connect, launched_world
 from tinylm.errors import ConfigError, TrainingDivergedError
 from tinylm.evaluate import (
@@ -41,6 +41,7 @@ from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
 from tinylm.run_directory import RunDirectory
 from tinylm.step_result import BatchLoss, IssuedStep, StepResult
 from tinylm.stop_signals import StopSignals
+from tinylm.text_stream import TextStream
 from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
 from tinylm.training_data import load_training_data
@@ -243,6 +244,8 @@ class Trainer:
                 "unigram_entropy": self.data.unigram_entropy,
                 "num_parameters": self.model.num_parameters(),
                 "total_steps": self.total_steps,
+                "device": device_name(self.device),
+                "num_processes": self.world.size,
             },
             throughput=Throughput.of(
                 self.model,
@@ -406,8 +409,9 @@ class Trainer:
                 temperature=SAMPLE_TEMPERATURE,
                 generator=generator,
             )
-        new = out[0, len(self.data.sample_ids) :].tolist()
-        return str(self.data.tokenizer.decode(new, skip_special_tokens=True))
+        text = TextStream(self.data.tokenizer, self.data.sample_ids)
+        new = [text.add(token) for token in out[0, len(self.data.sample_ids) :].tolist()]
+        return "".join(new) + text.finish()
 
     def _save_if_due(self) -> None:
         state = self.state
