@@ -234,13 +234,9 @@ __device__ inline void multiply_squares(const WgmmaArgs& args, const Output<Y>& 
       parity ^= 1;
     }
   };
-  // Every lane has read its weights before lane 0 says so. A barrier of the warp's own, and not
-  // __syncwarp(), which ptxas drops where lanes are together anyhow: racecheck goes by what is
-  // there.
-  const auto release = [&](int old) {
-    named_sync<32>(3 + 4 * group + warp);
-    if (lane == 0) memory.empty[old].arrive();
-  };
+  // Each lane for itself: one for all, behind a barrier of the warp, is as safe, but racecheck sees
+  // an order only between those who arrive and those who wait.
+  const auto release = [&](int old) { memory.empty[old].arrive(); };
   wait_for_previous_kernel();
   for_each_square<Shape>(args, [&](int row_tile, int output_tile, int turn) {
     if (Shape::kTurns && turn % 2 != group) {
@@ -337,7 +333,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
       memory.full[i].init(1 + Shape::kCopiers);
-      memory.empty[i].init(Shape::kTurns ? 4 : 8);  // warps that read a stage
+      memory.empty[i].init(Shape::kTurns ? 128 : 256);  // threads that read a stage
     }
     for (CopyBarrier& turn : memory.turn) turn.init(4);
     fence_shared_memory();
