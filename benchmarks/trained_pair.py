@@ -52,13 +52,18 @@ def read_run(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, An
         "held_out": json.loads(evaluated.read_text(encoding="utf-8")),
         "held_out_curve": [[r["step"], r["loss"]] for r in of_kind["eval"]],
         # The first record has the compilation in it.
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps[1:]),
-        "mfu": statistics.median(r["mfu"] for r in steps[1:]),
-        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in steps),
+        "tokens_per_second": _median([r["tokens_per_second"] for r in steps[1:]]),
+        "mfu": _median([r["mfu"] for r in steps[1:] if "mfu" in r]),
+        "peak_memory_bytes": max((r.get("peak_memory_bytes", 0) for r in steps), default=0),
         "samples": [{key: r[key] for key in ("step", "prompt", "text")} for r in of_kind["sample"]],
     }
     found["held_out"].pop("checkpoint"), found["held_out"].pop("file")  # where they lay
     return found, steps
+
+
+def _median(values: list[float]) -> float | None:
+    """Return the median; None where nothing was recorded, such as the MFU of a CPU."""
+    return statistics.median(values) if values else None
 
 
 def draw(
@@ -93,8 +98,8 @@ def show(runs: dict[str, dict[str, Any]], ratio: float) -> None:
             f"{found['tokens']:,}",
             f"{found['held_out']['perplexity']:.2f}",
             f"{found['held_out']['bits_per_byte']:.3f}",
-            f"{found['tokens_per_second']:,.0f}",
-            f"{found['mfu']:.1%}",
+            "" if found["tokens_per_second"] is None else f"{found['tokens_per_second']:,.0f}",
+            "" if found["mfu"] is None else f"{found['mfu']:.1%}",
             f"{found['peak_memory_bytes'] / 2**30:.1f}",
         )
     Console().print(table)
