@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from train_records import records_of
 
 from tinylm.training_config import RECIPES
 from tinylm_export.machine import describe_machine
@@ -67,8 +68,7 @@ def run(name: str, data: Path, work: Path, steps: int) -> dict[str, Any]:
             *("--eval-every", str(EVERY), "--save-every", str(10 * steps), "--sample-tokens", "0"),
             *("--no-tensorboard", "--json", str(result), *RUNS[name]),
         )
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evaluations = [r for r in map(json.loads, lines) if r["kind"] == "eval"]
+    evaluations = records_of(out, "eval")
     return {
         "flags": list(RUNS[name]),
         "curve": [[r["step"], r["loss"]] for r in evaluations],

@@ -19,12 +19,13 @@ import dataclasses
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from train_records import records_of, training_speed
 
 from tinylm_export.machine import describe_machine
 
@@ -127,8 +128,7 @@ def run(setup: Setup, name: str, processes: int, *further: str) -> list[dict[str
     if done.returncode:
         tail = (done.stdout + done.stderr).splitlines()[-60:]
         raise SystemExit("\n".join([f"{name}: exit code {done.returncode}", *tail]))
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    return records_of(out, "train")
 
 
 def measure(setup: Setup, mode: str, processes: int) -> dict[str, Any]:
@@ -143,19 +143,7 @@ def measure(setup: Setup, mode: str, processes: int) -> dict[str, Any]:
         *("--log-every", str(setup.log_every), "--save-every", "1000000"),
     )
     shutil.rmtree(setup.work / name)
-    speeds = [r["tokens_per_second"] for r in records[1:]]
-    result = {
-        "mode": mode,
-        "processes": processes,
-        "tokens_per_second": statistics.median(speeds),
-        "tokens_per_second_range": [min(speeds), max(speeds)],
-        "seconds_per_step": statistics.median(r["seconds_per_step"] for r in records[1:]),
-    }
-    for field in ("mfu", "peak_memory_bytes"):  # where the trainer records them
-        values = [r[field] for r in records[1:] if field in r]
-        if values:
-            result[field] = statistics.median(values) if field == "mfu" else max(values)
-    return result
+    return {"mode": mode, "processes": processes, **training_speed(records)}
 
 
 def add_efficiency(results: Sequence[dict[str, Any]]) -> None:

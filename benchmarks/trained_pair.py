@@ -9,21 +9,26 @@ records themselves. ``--sample`` adds texts that `tinylm generate --json` made o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from train_records import records_of, training_speed
+
+from tinylm.logs import Record
+from tinylm.run_directory import RunDirectory
+from tinylm.training_state import load_saved_config
 
 NAMES = ("ternary", "dense")
 TARGET = 1.35  # times the dense twin's perplexity
 
 
-def read_run(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_run(folder: Path, name: str) -> tuple[dict[str, Any], list[Record]]:
     """Return what one run came to, and its training records.
 
     Raises:
@@ -32,43 +37,31 @@ def read_run(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, An
     evaluated = folder / f"{name}-eval.json"
     if not evaluated.exists():
         raise SystemExit(f"{evaluated} is missing: call tools/real_run.sh until both runs are done")
-    lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    of_kind = {
-        k: [r for r in records if r["kind"] == k] for k in ("run", "eval", "train", "sample")
-    }
-    steps = of_kind["train"]
-    config = json.loads((folder / name / "training_config.json").read_text(encoding="utf-8"))
+    run = folder / name
+    config = load_saved_config(RunDirectory(run).config_file)
+    steps = records_of(run, "train")
+    held_out = json.loads(evaluated.read_text(encoding="utf-8"))
     found = {
-        "run": {
-            key: value for key, value in of_kind["run"][0].items() if key not in ("kind", "step")
-        },
-        "schedule": config["schedule"],
-        "batch_size": config["training"]["batch_size"],
-        "seq_len": config["model"]["max_seq_len"],
+        "run": _without(records_of(run, "run")[0], "kind", "step"),
+        "schedule": dataclasses.asdict(config.schedule),
+        "batch_size": config.training.batch_size,
+        "seq_len": config.model.max_seq_len,
         "steps": steps[-1]["step"],
         "tokens": steps[-1]["tokens"],
         "rejected_steps": steps[-1]["rejected_steps"],
-        "held_out": json.loads(evaluated.read_text(encoding="utf-8")),
-        "held_out_curve": [[r["step"], r["loss"]] for r in of_kind["eval"]],
-        # The first record has the compilation in it.
-        "tokens_per_second": _median([r["tokens_per_second"] for r in steps[1:]]),
-        "mfu": _median([r["mfu"] for r in steps[1:] if "mfu" in r]),
-        "peak_memory_bytes": max((r.get("peak_memory_bytes", 0) for r in steps), default=0),
-        "samples": [{key: r[key] for key in ("step", "prompt", "text")} for r in of_kind["sample"]],
+        "held_out": _without(held_out, "checkpoint", "file"),  # where they lay
+        "held_out_curve": [[r["step"], r["loss"]] for r in records_of(run, "eval")],
+        **training_speed(steps),
+        "samples": [_without(r, "kind") for r in records_of(run, "sample")],
     }
-    found["held_out"].pop("checkpoint"), found["held_out"].pop("file")  # where they lay
     return found, steps
 
 
-def _median(values: list[float]) -> float | None:
-    """Return the median; None where nothing was recorded, such as the MFU of a CPU."""
-    return statistics.median(values) if values else None
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
-def draw(
-    runs: dict[str, dict[str, Any]], steps: dict[str, list[dict[str, Any]]], path: Path
-) -> None:
+def draw(runs: dict[str, dict[str, Any]], steps: dict[str, list[Record]], path: Path) -> None:
     """Draw training loss (thin) and held-out loss (dots)."""
     from matplotlib.figure import Figure
 
@@ -98,8 +91,8 @@ def show(runs: dict[str, dict[str, Any]], ratio: float) -> None:
             f"{found['tokens']:,}",
             f"{found['held_out']['perplexity']:.2f}",
             f"{found['held_out']['bits_per_byte']:.3f}",
-            "" if found["tokens_per_second"] is None else f"{found['tokens_per_second']:,.0f}",
-            "" if found["mfu"] is None else f"{found['mfu']:.1%}",
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['mfu']:.1%}" if "mfu" in found else "",
             f"{found['peak_memory_bytes'] / 2**30:.1f}",
         )
     Console().print(table)
@@ -128,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pair = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (given.out / "pair.json").write_text(pair, encoding="utf-8")
     for name in NAMES:
-        shutil.copyfile(given.folder / name / "metrics.jsonl", given.out / f"{name}.jsonl")
+        metrics = RunDirectory(given.folder / name).metrics_file
+        shutil.copyfile(metrics, given.out / f"{name}.jsonl")
     draw(runs, steps, given.out / "loss.png")
     show(runs, ratio)
     return int(ratio > TARGET)

@@ -21,6 +21,7 @@ import sys
 
 import torch
 
+from tinylm.device import device_name
 from tinylm.model import TinyLM
 
 # Dense bf16 peak of tensor cores without sparsity, TFLOPS, by a part of the device's name; the
@@ -70,7 +71,7 @@ def peak_flops(device: torch.device, peak_tflops: float | None = None) -> float 
         return peak_tflops * 1e12
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

@@ -220,11 +220,13 @@ class Trainer:
         """Return whether something is to be done with the weights that a step leaves."""
         return (
             self.stopping
-            or step >= self.total_steps
-            or step % self.config.evaluation.eval_every == 0
-            or step % self.config.checkpoint.save_every == 0
+            or self._is_due(step, self.config.evaluation.eval_every)
+            or self._is_due(step, self.config.checkpoint.save_every)
             or self.recorder.is_logged(step)
         )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step >= self.total_steps or step % every == 0
 
     def _agree_to_stop(self) -> bool:
         """Return whether a signal has reached any process."""
@@ -366,7 +368,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         state = self.state
-        due = self.finished or state.step % self.config.evaluation.eval_every == 0
+        due = self._is_due(state.step, self.config.evaluation.eval_every)
         if not due or state.last_eval_step == state.step or self.stopping:
             return
         result = self.evaluate()
@@ -410,15 +412,14 @@ class Trainer:
                 generator=generator,
             )
         text = TextStream(self.data.tokenizer, self.data.sample_ids)
-        new = [text.add(token) for token in out[0, len(self.data.sample_ids) :].tolist()]
-        return "".join(new) + text.finish()
+        new = out[0, len(self.data.sample_ids) :].tolist()
+        return "".join(map(text.add, new)) + text.finish()
 
     def _save_if_due(self) -> None:
         state = self.state
         due = (
-            self.finished
-            or self.stopping
-            or state.step % self.config.checkpoint.save_every == 0
+            self.stopping
+            or self._is_due(state.step, self.config.checkpoint.save_every)
             or state.step == state.best_step
         )
         if state.step == 0 or not due:
