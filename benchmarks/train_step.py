@@ -164,7 +164,7 @@ class Contender:
             loss: Tensor = self.model(self.ids, labels=self.labels)
         mean = loss / self.labels.numel()
         mean.backward()
-        norm = clip_gradients(self.model.parameters(), self.optimizer_config.max_grad_norm)
+        norm = clip_gradients(self.optimizer, self.optimizer_config.max_grad_norm)
         step_if_finite(self.optimizer, torch.stack((mean.detach(), norm)))
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -111,9 +111,10 @@ def evaluate_command(
     from tinylm.data import PackedSequences, load_corpus
     from tinylm.device import precision_context
     from tinylm.errors import ConfigError
-    from tinylm.evaluate import EvalResult, evaluate, ternary_codes, ternary_statistics
+    from tinylm.evaluate import EvalResult, evaluate
     from tinylm.quantizer_passes import choose_quantizers
     from tinylm.shards import open_prepared
+    from tinylm.ternary_statistics import ternary_statistics
 
     if (file is None) == (data is None):
         found = "neither" if data is None else "both"
@@ -168,7 +169,7 @@ def evaluate_command(
         "num_docs": corpus.num_docs,
         "num_bytes": corpus.num_bytes,
         "num_skipped": corpus.num_skipped,
-        **ternary_statistics(ternary_codes(model)),
+        **ternary_statistics(model),
         **head,
     }
     _print_evaluation(values)

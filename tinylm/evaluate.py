@@ -1,4 +1,4 @@
-"""Measurements: perplexity and bits per byte on held-out text, and the state of ternary weights."""
+"""Perplexity and bits per byte on held-out text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tinylm import quantization
-from tinylm.distributed import World, is_sharded, local, sum_over_parts
-from tinylm.quantization import abs_sum, scale_of_sum
+from tinylm.distributed import World
 
 if TYPE_CHECKING:
     from tinylm.data import PackedSequences, PaddedSequences
@@ -131,82 +128,3 @@ def _spread(num_sequences: int, num_tokens: int, max_tokens: int | None) -> np.n
     if max_tokens is not None:
         wanted = min(num_sequences, max(1, round(num_sequences * max_tokens / num_tokens)))
     return np.arange(wanted, dtype=np.int64) * num_sequences // wanted
-
-
-@torch.no_grad()
-def ternary_codes(model: TinyLM) -> dict[str, Tensor]:
-    """Return the codes of every BitLinear, int8 [N, K], by module path.
-
-    Of a sharded model they are those of this process's rows, under the whole matrix's scale; every
-    process must ask.
-    """
-    layers = model.bit_linears()
-    weights = [layer.weight for layer in layers.values()]
-    if not weights or not is_sharded(weights[0]):
-        return {name: layer.weight_codes()[0] for name, layer in layers.items()}
-    parts = [local(weight) for weight in weights]
-    totals = sum_over_parts(torch.stack([abs_sum(part) for part in parts]), weights[0])
-    return {
-        name: quantization.ternary_codes(part, scale_of_sum(total, layer.weight.numel())).to(
-            torch.int8
-        )
-        for (name, layer), part, total in zip(layers.items(), parts, totals, strict=True)
-    }
-
-
-def ternary_statistics(
-    codes: dict[str, Tensor],
-    before: dict[str, Tensor] | None = None,
-    *,
-    world: World | None = None,
-) -> dict[str, Any]:
-    """Count ternary codes over all layers and per kind of layer.
-
-    Args:
-        codes: From :func:`ternary_codes`.
-        before: The codes before an update; adds the flip rate, the part of the codes that the
-            update changed.
-        world: Processes that hold different codes, all of which must call this.
-
-    Returns:
-        ``fraction_minus``, ``fraction_zero``, ``fraction_plus``; ``zero_by_kind`` by the last part
-        of the module path, such as ``q_proj``; and ``flip_rate``. Nothing for a dense model.
-    """
-    if not codes:
-        return {}
-    found = [
-        torch.stack(
-            (
-                (layer_codes < 0).sum(),
-                layer_codes.count_nonzero(),
-                (layer_codes != before[name]).sum() if before else layer_codes.new_zeros(()).long(),
-            )
-        )
-        for name, layer_codes in codes.items()
-    ]
-    minus = flipped = 0
-    sizes: dict[str, int] = {}  # by kind of layer
-    zeros: dict[str, int] = {}
-    # One wait for the GPU, not one a layer.
-    for (name, layer_codes), counted in zip(
-        codes.items(), torch.stack(found).tolist(), strict=True
-    ):
-        kind, size = name.rpartition(".")[2], layer_codes.numel()
-        sizes[kind] = sizes.get(kind, 0) + size
-        zeros[kind] = zeros.get(kind, 0) + size - counted[1]
-        minus += counted[0]
-        flipped += counted[2]
-    counts = [minus, flipped, *sizes.values(), *zeros.values()]
-    all_minus, all_flipped, *rest = (world or World()).sum(counts)
-    all_sizes = dict(zip(sizes, rest[: len(sizes)], strict=True))
-    all_zeros = dict(zip(zeros, rest[len(sizes) :], strict=True))
-    total, zero = sum(all_sizes.values()), sum(all_zeros.values())
-    result: dict[str, Any] = {
-        "fraction_minus": all_minus / total,
-        "fraction_zero": zero / total,
-        "fraction_plus": (total - all_minus - zero) / total,
-        "zero_by_kind": {kind: all_zeros[kind] / size for kind, size in all_sizes.items()},
-    }
-    if before is not None:
-        result["flip_rate"] = all_flipped / total
-    return result

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -157,20 +158,21 @@ def step_if_finite(optimizer: torch.optim.AdamW, figures: Tensor) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
     """Shorten all gradients together to a norm of at most ``max_norm``, in place.
 
     Args:
-        parameters: With their gradients; all sharded or none.
+        optimizer: Whose parameters have them; all are sharded or none.
         max_norm: Largest Euclidean norm.
 
     Returns:
         The norm before, over all processes' parts; a scalar.
     """
+    parameters = itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups)
     owners = [p for p in parameters if p.grad is not None]
     if not owners or not is_sharded(owners[0]):
         return torch.nn.utils.clip_grad_norm_(owners, max_norm)
-    parts = [local(p.grad) for p in owners]  # type: ignore[arg-type]
+    parts = [local(p.grad) for p in owners]
     squares = torch.stack(torch._foreach_norm(parts)).square().sum()
     norm = sum_over_parts(squares, owners[0]).sqrt()
     torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's own

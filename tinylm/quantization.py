@@ -39,13 +39,13 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return ternary_codes(weight, scale), scale
 
 
-def abs_sum(weight: Tensor) -> Tensor:
-    """Return ``sum(|W|)``, a scalar; of a float32 weight in float64.
+def abs_sum(weight: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Return ``sum(|W|)`` over ``dim`` or all; of a float32 weight in float64.
 
     A float32 sum depends on the number of threads, and with it the scale and codes near 1/2.
     """
     inner = torch.float32 if weight.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(weight, ord=1, dtype=inner)
+    return torch.linalg.vector_norm(weight, ord=1, dim=dim, dtype=inner)
 
 
 def scale_of_sum(total: Tensor, count: int) -> Tensor:

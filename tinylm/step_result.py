@@ -56,7 +56,7 @@ class IssuedStep:
         batch: What it learned from.
         learning_rate: Used by the update.
         read: Waits for loss and gradient norm.
-        statistics: Counts the ternary codes after the update; must be asked before the next one.
+        statistics: Waits for those of the ternary codes, if they were asked for.
     """
 
     batch: BatchLoss

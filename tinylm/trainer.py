@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +17,7 @@ from tinylm.data import Batch, BatchOrder
 from tinylm.device import choose_device, device_name, precision_context, start_reading
 from tinylm.distributed import connect, launched_world
 from tinylm.errors import ConfigError, TrainingDivergedError
-from tinylm.evaluate import (
-    EvalResult,
-    evaluate,
-    ternary_codes,
-    ternary_statistics,
-)
+from tinylm.evaluate import EvalResult, evaluate
 from tinylm.model import TinyLM
 from tinylm.optim import (
     Schedule,
@@ -41,6 +34,7 @@ from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
 from tinylm.run_directory import RunDirectory
 from tinylm.step_result import BatchLoss, IssuedStep, StepResult
 from tinylm.stop_signals import StopSignals
+from tinylm.ternary_statistics import start_statistics, ternary_codes
 from tinylm.text_stream import TextStream
 from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
@@ -222,7 +216,6 @@ class Trainer:
             self.stopping
             or self._is_due(step, self.config.evaluation.eval_every)
             or self._is_due(step, self.config.checkpoint.save_every)
-            or self.recorder.is_logged(step)
         )
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -300,27 +293,20 @@ class Trainer:
 
     def _update(self, batch: BatchLoss, *, with_statistics: bool) -> IssuedStep:
         """Update the weights with the gradients that are there, unless they are not finite."""
-        norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        norm = clip_gradients(self.optimizer, self.config.optimizer.max_grad_norm)
         figures = torch.stack((batch.loss, norm))
         read = start_reading(figures)
         rate = set_step_hyperparameters(
             self.optimizer, self.schedule, self.config.optimizer, self.state.step
         )
-        before = ternary_codes(self.model) if with_statistics else {}
+        before = ternary_codes(self.model) if with_statistics else None
         step_if_finite(self.optimizer, figures)
         self.optimizer.zero_grad(set_to_none=True)
-
-        def statistics() -> Mapping[str, Any]:
-            if not with_statistics:
-                return {}
-            owners = self.world if self.parallel.is_sharded else None
-            return ternary_statistics(ternary_codes(self.model), before, world=owners)
-
         return IssuedStep(
             batch=batch,
             learning_rate=rate,
             read=read,
-            statistics=statistics,
+            statistics=start_statistics(self.model, before) if with_statistics else dict,
         )
 
     def _count_and_record(self, result: StepResult) -> None:
