@@ -95,6 +95,10 @@ def test_groups_that_hsdp_cannot_form_are_refused() -> None:
         ConfigError, match=r"reshard_after_forward .* fsdp or hsdp only, found .*ddp"
     ):
         ParallelConfig(mode="ddp", reshard_after_forward=False)
+    with pytest.raises(ConfigError, match=r"gather_mb belongs to --parallel fsdp or hsdp, .*None"):
+        ParallelConfig(gather_mb=100)
+    with pytest.raises(ConfigError, match=r"gather_mb must be zero or more, found -1"):
+        ParallelConfig(mode="fsdp", gather_mb=-1)
     with pytest.raises(ConfigError, match=r"mode must be one of ddp, fsdp, hsdp, found 'dp'"):
         ParallelConfig(mode="dp")
 

@@ -38,8 +38,8 @@ from tinylm.cli import main
 from tinylm.consolidate import consolidate
 from tinylm.distributed import World, is_sharded
 from tinylm.errors import CheckpointError
-from tinylm.parallel import parallelize
-from tinylm.training_config import ParallelConfig
+from tinylm.parallel import layer_groups, parallelize
+from tinylm.training_config import GATHER_MB, ParallelConfig
 
 Runs = Callable[..., Path]
 
@@ -106,9 +106,16 @@ def test_without_codes_every_step_is_the_same(finished: Runs, mode: str, num: in
     assert_same_run(several, single, dense=True)
 
 
-@pytest.mark.parametrize(
-    "mode", [("ddp",), ("fsdp",), ("fsdp", "--no-reshard-after-forward")], ids=" ".join
-)
+MODES = [
+    ("ddp",),
+    ("fsdp",),
+    ("fsdp", "--no-reshard-after-forward"),
+    ("fsdp", "--gather-mb", "0"),
+    ("fsdp", "--activation-checkpointing"),
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
 def test_parts_of_a_share_add_up_to_the_same_step(
     finished: Runs, tmp_path: Path, mode: tuple[str, ...]
 ) -> None:
@@ -117,10 +124,27 @@ def test_parts_of_a_share_add_up_to_the_same_step(
     assert_same_run(tmp_path / "run", finished("ddp", 1, dense=True), dense=True)
 
 
+def test_layers_are_gathered_together_up_to_a_size() -> None:
+    with torch.device("meta"):
+        model = TinyLM.from_config(preset("tinylm-300m"))  # 45.8 MB a layer
+
+    def sizes(megabytes: int) -> list[int]:
+        return [len(group) for group in layer_groups(model, megabytes)]
+
+    assert sizes(0) == sizes(45) == [1] * 24
+    assert sizes(46) == [2] * 12
+    assert sizes(GATHER_MB) == [4] * 6
+    assert sizes(200) == [5, 5, 5, 5, 4]
+    assert sizes(10_000) == [24]
+
+
+@pytest.mark.parametrize("gather_mb", [0, None])
 @pytest.mark.parametrize("reshard", [True, False])
-def test_a_layers_weights_are_dropped_after_its_forward_pass_or_kept(reshard: bool) -> None:
+def test_a_layers_weights_are_dropped_after_its_forward_pass_or_kept(
+    reshard: bool, gather_mb: int | None
+) -> None:
     model = TinyLM.from_config(preset("tinylm-test"))
-    settings = ParallelConfig(mode="fsdp", reshard_after_forward=reshard)
+    settings = ParallelConfig(mode="fsdp", reshard_after_forward=reshard, gather_mb=gather_mb)
     with group_of_one():
         parallelize(model, settings, World())
         loss = model(torch.zeros(1, 4, dtype=torch.int64)).sum()

@@ -1,6 +1,6 @@
 """Data parallelism with PyTorch's own engines: DDP, FSDP2 and HSDP.
 
-A sharded weight is gathered whole before its layer runs, in float32. BitLinear therefore sees the
+A sharded weight is gathered whole before its layers run, in float32. BitLinear therefore sees the
 whole master matrix and finds the same scale and the same codes as one process does; bfloat16, which
 would move values across the codes' borders, begins behind the quantiser, under autocast.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from tinylm.distributed import World
 from tinylm.errors import ConfigError
 from tinylm.model import TinyLM
-from tinylm.training_config import ParallelConfig
+from tinylm.training_config import GATHER_MB, ParallelConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -118,7 +119,7 @@ def _mesh(model: TinyLM, mode: str, config: ParallelConfig, world: World) -> Dev
 
 
 def _shard(model: TinyLM, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Shard every layer by itself, so that one layer at a time is whole, then the rest."""
+    """Shard the layers in groups, so that one group at a time is whole, then the rest."""
     # Imported here, because it takes seconds and most runs are one process.
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -131,7 +132,20 @@ def _shard(model: TinyLM, mesh: DeviceMesh, config: ParallelConfig) -> None:
     for linear in model.bit_linears().values():
         linear.keeps_codes = False
     reshard = config.reshard_after_forward
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    megabytes = GATHER_MB if config.gather_mb is None else config.gather_mb
+    for group in layer_groups(model, megabytes):
+        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "last_logits")  # what generating calls
+
+
+def layer_groups(model: TinyLM, megabytes: int) -> list[list[nn.Module]]:
+    """Return the layers that are gathered in one exchange: as few as have that size together.
+
+    An exchange costs each process time, and all of them wait for the slowest, however
+    little it brings. The layers of a large model are groups by themselves.
+    """
+    layers = list(model.layers)
+    size = sum(p.numel() * p.element_size() for p in layers[0].parameters())
+    together = max(1, math.ceil(megabytes * 1_000_000 / size))
+    return [layers[start : start + together] for start in range(0, len(layers), together)]

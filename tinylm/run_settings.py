@@ -53,7 +53,7 @@ MAY_CHANGE_ON_RESUME = {
     "evaluation": {"eval_every", "eval_max_tokens", "sample_prompt", "sample_tokens"},
     "checkpoint": {"save_every", "keep_last"},
     "logging": {"log_every", "tensorboard"},
-    "parallel": {"mode", "replicas", "reshard_after_forward"},
+    "parallel": {"mode", "replicas", "reshard_after_forward", "gather_mb"},
 }
 # What a given name cancels in the layers below: the other way to say the same, or a detail of it.
 _CANCELS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -70,7 +70,7 @@ _CANCELS: dict[str, dict[str, tuple[str, ...]]] = {
         "grad_accum_steps": ("micro_batch_size",),
         "micro_batch_size": ("grad_accum_steps",),
     },
-    "parallel": {"mode": ("replicas", "reshard_after_forward")},
+    "parallel": {"mode": ("replicas", "reshard_after_forward", "gather_mb")},
 }
 
 

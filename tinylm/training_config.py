@@ -17,6 +17,7 @@ from tinylm.tokenizer import DEFAULT_TOKENIZER
 
 SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
+GATHER_MB = 150
 PARALLEL_MODES = ("ddp", "fsdp", "hsdp")
 DEFAULT_BATCH_SIZE = 16
 QUANTIZERS = ("auto", "torch", "triton")
@@ -390,6 +391,11 @@ class ParallelConfig:
         help="fsdp, hsdp: drop a layer's gathered weights after its forward pass, and gather them "
         "again for its backward pass. Off: one exchange less, whole weights in memory in between.",
     )
+    gather_mb: int | None = setting(
+        None,
+        help="fsdp, hsdp: layers whose weights are gathered in one exchange, as many as together "
+        f"have this many megabytes; 0: each by itself. Default: {GATHER_MB}.",
+    )
 
     def __post_init__(self) -> None:
         if self.mode is not None:
@@ -401,6 +407,11 @@ class ParallelConfig:
             raise ConfigError(
                 "reshard_after_forward can be off with --parallel fsdp or hsdp only, found "
                 f"parallel {self.mode!r}."
+            )
+        _positive(self, "gather_mb", zero=True)
+        if self.gather_mb is not None and self.mode not in ("fsdp", "hsdp"):
+            raise ConfigError(
+                f"gather_mb belongs to --parallel fsdp or hsdp, found parallel {self.mode!r}."
             )
 
 
