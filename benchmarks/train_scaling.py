@@ -21,7 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,13 @@ def add_efficiency(results: Sequence[dict[str, Any]]) -> None:
         result["efficiency"] = result["tokens_per_second"] / ideal
 
 
-def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[dict[str, Any]]:
+def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> Iterator[dict[str, Any]]:
     """Train with one global batch on 1 and N processes, and hand checkpoints to and fro.
 
     With ``--deterministic``: else two runs of one process differ by as much as is looked for here,
     since the fastest kernels on a GPU add up in the order in which they come.
 
-    Returns:
+    Yields:
         For each pair of runs: the largest relative difference of a loss, and whether it is within
         the tolerance.
     """
@@ -172,27 +172,25 @@ def compare_losses(setup: Setup, modes: Sequence[str], processes: int) -> list[d
     )
     limit = TOLERANCE[setup.device.partition(":")[0]]
     expected = run(setup, "one", 1, *MODES["ddp"], *fixed)
-    results = []
 
-    def compare(what: str, records: list[dict[str, Any]]) -> None:
+    def compare(what: str, records: list[dict[str, Any]]) -> dict[str, Any]:
         pairs = zip(records, expected, strict=True)
         worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
-        results.append({"run": what, "worst": worst, "tolerance": limit, "agrees": worst <= limit})
         print(f"{what}: worst difference of a loss {worst:.1e}", file=sys.stderr, flush=True)
+        return {"run": what, "worst": worst, "tolerance": limit, "agrees": worst <= limit}
 
     for mode in modes:
         name = f"{mode}-many"
-        compare(f"{mode} on {processes}", run(setup, name, processes, *MODES[mode], *fixed))
+        yield compare(f"{mode} on {processes}", run(setup, name, processes, *MODES[mode], *fixed))
         middle = f"step-{half:08d}"
         back = ("--resume-from", str(setup.work / name / "checkpoints" / middle))
         records = run(setup, name, 1, *MODES["ddp"], *fixed, *back)
-        compare(f"{mode} on {processes}, then 1", records)
+        yield compare(f"{mode} on {processes}, then 1", records)
         shutil.rmtree(setup.work / name)
         shutil.copytree(setup.work / "one", setup.work / name, symlinks=True)
         records = run(setup, name, processes, *MODES[mode], *fixed, *back)
-        compare(f"1, then {mode} on {processes}", records)
+        yield compare(f"1, then {mode} on {processes}", records)
         shutil.rmtree(setup.work / name)
-    return results
 
 
 def table(results: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> str:
@@ -266,15 +264,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arguments": given.further,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for part in PARTS if given.part is None else (given.part,):
+
+    def keep(part: str, result: dict[str, Any]) -> None:
+        """Write down at once what a later run's failure can't take away."""
+        values.setdefault(part, []).append(result)
         if part == "speed":
-            cases = [("ddp", 1), *((mode, given.processes) for mode in modes)]
-            values[part] = [measure(setup, mode, processes) for mode, processes in cases]
             add_efficiency(values[part])
-        else:
-            values[part] = compare_losses(setup, modes, given.processes)
-        # After each part: what a later one's failure can't take away.
         given.out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    parts = PARTS if given.part is None else (given.part,)
+    if "speed" in parts:
+        for mode, processes in [("ddp", 1), *((mode, given.processes) for mode in modes)]:
+            keep("speed", measure(setup, mode, processes))
+    if "losses" in parts:
+        for comparison in compare_losses(setup, modes, given.processes):
+            keep("losses", comparison)
     shutil.rmtree(given.work, ignore_errors=True)
     print(table(values.get("speed", ()), values.get("losses", ())))
     return 0 if all(c["agrees"] for c in values.get("losses", ())) else 1
