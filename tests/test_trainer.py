@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import resource
@@ -16,7 +17,7 @@ from tinylm.checkpoint import check_intact, load_model
 from tinylm.errors import CheckpointError, ConfigError, TrainingDivergedError
 from tinylm.evaluate import evaluate
 from tinylm.optim import optimizer_tensors
-from tinylm.ternary_statistics import ternary_statistics
+from tinylm.ternary_statistics import start_statistics, ternary_codes, ternary_statistics
 from tinylm.trainer import Trainer
 
 
@@ -162,6 +163,22 @@ def test_flip_rate_counts_the_codes_that_a_step_changed(
     assert only == {name: value for name, value in reported.items() if name != "flip_rate"}
     monkeypatch.setattr("tinylm.ternary_statistics._WEIGHTS_AT_ONCE", 1)  # layer by layer
     assert ternary_statistics(run.model) == only
+
+
+def test_waiting_for_statistics_keeps_no_codes(tmp_path: Path) -> None:
+    model = trainer(tmp_path).model
+
+    def codes_alive() -> int:
+        gc.collect()
+        found = (t for t in gc.get_objects() if type(t) is torch.Tensor)
+        return sum(t.dtype == torch.int8 and t.ndim == 3 for t in found)
+
+    codes = ternary_codes(model)
+    assert codes_alive() == len(codes) > 0
+    statistics = start_statistics(model, codes)
+    del codes
+    assert codes_alive() == 0
+    assert statistics()["flip_rate"] == 0.0
 
 
 def test_evaluation_is_perplexity_and_bits_per_byte_of_the_file(tmp_path: Path) -> None:

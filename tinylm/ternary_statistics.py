@@ -113,10 +113,12 @@ def start_statistics(
     counts = [_count(found.values, old) for found, old in zip(codes, earlier, strict=True)]
     any_layer = next(iter(model.bit_linears().values()))
     read = start_reading(_over_all(torch.stack(counts), any_layer).flatten())
+    # What waits must not keep the codes, a byte a weight, while the next batch is under way.
+    sizes, with_flips = [(found.kind, found.size) for found in codes], before is not None
 
     def finish() -> dict[str, Any]:
-        figures = np.asarray(read(), dtype=np.int64).reshape(len(codes), -1)
-        return _fractions(codes, figures, with_flips=before is not None)
+        figures = np.asarray(read(), dtype=np.int64).reshape(len(sizes), -1)
+        return _fractions(sizes, figures, with_flips=with_flips)
 
     return finish
 
@@ -129,20 +131,20 @@ def _count(codes: Tensor, before: Tensor | None) -> Tensor:
 
 
 def _fractions(
-    codes: Sequence[TernaryCodes], figures: npt.NDArray[np.int64], *, with_flips: bool
+    sizes: Sequence[tuple[str, int]], figures: npt.NDArray[np.int64], *, with_flips: bool
 ) -> dict[str, Any]:
-    """Turn figures [len(codes), 3] into the statistics."""
+    """Turn the figures [L, 3] of layers, each of a kind and a size, into the statistics."""
     minus, nonzero, flipped = map(int, figures.sum(axis=0))
-    total = sum(found.size for found in codes)
-    sizes: Counter[str] = Counter()
-    nonzeros: Counter[str] = Counter()
-    for found, (_, of_kind, _) in zip(codes, figures.tolist(), strict=True):
-        sizes[found.kind] += found.size
-        nonzeros[found.kind] += of_kind
+    total = sum(size for _, size in sizes)
+    size_of: Counter[str] = Counter()
+    nonzero_of: Counter[str] = Counter()
+    for (kind, size), (_, found, _) in zip(sizes, figures.tolist(), strict=True):
+        size_of[kind] += size
+        nonzero_of[kind] += found
     result: dict[str, Any] = {
         "fraction_minus": minus / total,
         "fraction_zero": (total - nonzero) / total,
         "fraction_plus": (nonzero - minus) / total,
-        "zero_by_kind": {kind: (size - nonzeros[kind]) / size for kind, size in sizes.items()},
+        "zero_by_kind": {kind: (size - nonzero_of[kind]) / size for kind, size in size_of.items()},
     }
     return {**result, "flip_rate": flipped / total} if with_flips else result
