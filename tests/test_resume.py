@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tinylm.errors import CheckpointError, ConfigError, TokenizerError
 from tinylm.tokenizer import train_tokenizer
 from tinylm.trainer import Trainer
 from tinylm.training_state import load_saved_config
+from tinylm.validation import Validation
 
 STEPS = 40
 DEADLINE_SECONDS = 120.0
@@ -181,18 +183,21 @@ def test_several_threads_are_exact_too(tmp_path: Path) -> None:
     assert same_weights(out, tmp_path / "reference")
 
 
-def test_stop_during_the_evaluation_makes_up_for_it(tmp_path: Path) -> None:
+def test_stop_during_the_evaluation_makes_up_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer(tmp_path / "reference").train()
     out = tmp_path / "run"
     run = trainer(out)
-    evaluate = run.evaluate
+    evaluate = Validation.evaluate
 
-    def stop_in_the_middle() -> Any:
+    def stop_in_the_middle(self: Validation, should_stop: Callable[[], bool]) -> Any:
         run.stop.requested = run.state.step == 4
-        return evaluate()
+        return evaluate(self, should_stop)
 
-    run.evaluate = stop_in_the_middle  # type: ignore[method-assign]
-    assert run.train().step == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(Validation, "evaluate", stop_in_the_middle)
+        assert run.train().step == 4
     assert [r["step"] for r in records(out, "eval")] == [0]
     assert not (out / "best").exists()
     trainer(out, resume=True).train()

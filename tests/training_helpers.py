@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -95,10 +96,10 @@ def trainer(out: Path, *, resume: bool = False, **sections: dict[str, Any]) -> T
 
 def stop_after(run: Trainer, num_steps: int) -> None:
     """Let a run stop by itself after its step of that number, as a signal would have it."""
-    take = run.take_gradients
+    take, numbers = run.take_gradients, itertools.count(run.state.step + 1)
 
     def take_and_stop() -> Any:
-        run.stop.requested = run.state.step == num_steps - 1
+        run.stop.requested = next(numbers) == num_steps
         return take()
 
     run.take_gradients = take_and_stop  # type: ignore[method-assign]

@@ -142,8 +142,8 @@ def _shard(model: TinyLM, mesh: DeviceMesh, config: ParallelConfig) -> None:
 def layer_groups(model: TinyLM, megabytes: int) -> list[list[nn.Module]]:
     """Return the layers that are gathered in one exchange: as few as have that size together.
 
-    An exchange costs each process time, and all of them wait for the slowest, however
-    little it brings. The layers of a large model are groups by themselves.
+    An exchange costs each process time, and all of them wait for the slowest, however little it
+    brings. The layers of a large model are groups by themselves.
     """
     layers = list(model.layers)
     size = sum(p.numel() * p.element_size() for p in layers[0].parameters())

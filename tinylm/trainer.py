@@ -17,7 +17,6 @@ from tinylm.data import Batch, BatchOrder
 from tinylm.device import choose_device, device_name, precision_context, start_reading
 from tinylm.distributed import connect, launched_world
 from tinylm.errors import ConfigError, TrainingDivergedError
-from tinylm.evaluate import EvalResult, evaluate
 from tinylm.model import TinyLM
 from tinylm.optim import (
     Schedule,
@@ -27,7 +26,7 @@ from tinylm.optim import (
     step_if_finite,
 )
 from tinylm.parallel import choose_mode, parallelize
-from tinylm.performance import apply_performance, without_compilation
+from tinylm.performance import apply_performance
 from tinylm.prefetch import BatchQueue
 from tinylm.recorder import Recorder, SilentRecorder
 from tinylm.run_checkpoint import RunParts, check_run, restore_run, save_run
@@ -35,13 +34,10 @@ from tinylm.run_directory import RunDirectory
 from tinylm.step_result import BatchLoss, IssuedStep, StepResult
 from tinylm.stop_signals import StopSignals
 from tinylm.ternary_statistics import start_statistics, ternary_codes
-from tinylm.text_stream import TextStream
 from tinylm.throughput import Throughput
 from tinylm.training_config import TrainConfig
 from tinylm.training_data import load_training_data
-
-SAMPLE_SEED = 0
-SAMPLE_TEMPERATURE = 0.8
+from tinylm.validation import Validation
 
 
 class Trainer:
@@ -109,6 +105,14 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.precision = precision_context(config.training.precision, self.device)
+        self.validation = Validation(
+            model=self.model,
+            data=self.data,
+            config=config.evaluation,
+            batch_size=self.plan.part_size,
+            precision=self.precision,
+            world=self.world,
+        )
         self.stop = StopSignals()
         self.stopping = False  # what all processes agreed on
         self.state = saved_state.TrainState(fingerprints=self.data.fingerprints)
@@ -357,7 +361,7 @@ class Trainer:
         due = self._is_due(state.step, self.config.evaluation.eval_every)
         if not due or state.last_eval_step == state.step or self.stopping:
             return
-        result = self.evaluate()
+        result = self.validation.evaluate(should_stop=self._agree_to_stop)
         if result is None:
             return  # stopped; made up for when the run goes on
         state.last_eval_step, state.val_loss = state.step, result.loss
@@ -371,35 +375,7 @@ class Trainer:
             prompt = self.config.evaluation.sample_prompt
             # Whole models are the same everywhere: one process is enough.
             if self.parallel.is_sharded or self.world.is_main:
-                self.recorder.sample(state.step, prompt, self.sample_text())
-
-    def evaluate(self) -> EvalResult | None:
-        """Measure the model on the held-out text; None if a signal asked to stop meanwhile."""
-        with without_compilation():
-            return evaluate(
-                self.model,
-                self.data.val,
-                batch_size=self.plan.part_size,
-                max_tokens=self.config.evaluation.eval_max_tokens,
-                precision=self.precision,
-                should_stop=self._agree_to_stop,
-                world=self.world,
-            )
-
-    def sample_text(self) -> str:
-        """Continue the sample prompt, with a fixed seed that leaves the run's own alone."""
-        ids = torch.tensor([self.data.sample_ids], device=self.device)  # [1, S]
-        generator = torch.Generator(self.device).manual_seed(SAMPLE_SEED)
-        with self.precision, without_compilation():
-            out = self.model.generate(
-                ids,
-                max_new_tokens=self.config.evaluation.sample_tokens,
-                temperature=SAMPLE_TEMPERATURE,
-                generator=generator,
-            )
-        text = TextStream(self.data.tokenizer, self.data.sample_ids)
-        new = out[0, len(self.data.sample_ids) :].tolist()
-        return "".join(map(text.add, new)) + text.finish()
+                self.recorder.sample(state.step, prompt, self.validation.sample_text())
 
     def _save_if_due(self) -> None:
         state = self.state
