@@ -39,7 +39,7 @@ from tinylm.consolidate import consolidate
 from tinylm.distributed import World, is_sharded
 from tinylm.errors import CheckpointError
 from tinylm.parallel import layer_groups, parallelize
-from tinylm.training_config import GATHER_MB, ParallelConfig
+from tinylm.training_config import DEFAULT_GATHER_MB, ParallelConfig
 
 Runs = Callable[..., Path]
 
@@ -133,7 +133,7 @@ def test_layers_are_gathered_together_up_to_a_size() -> None:
 
     assert sizes(0) == sizes(45) == [1] * 24
     assert sizes(46) == [2] * 12
-    assert sizes(GATHER_MB) == [4] * 6
+    assert sizes(DEFAULT_GATHER_MB) == [4] * 6
     assert sizes(200) == [5, 5, 5, 5, 4]
     assert sizes(10_000) == [24]
 

@@ -18,7 +18,7 @@ from torch import nn
 from tinylm.distributed import World
 from tinylm.errors import ConfigError
 from tinylm.model import TinyLM
-from tinylm.training_config import GATHER_MB, ParallelConfig
+from tinylm.training_config import DEFAULT_GATHER_MB, ParallelConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -132,7 +132,7 @@ def _shard(model: TinyLM, mesh: DeviceMesh, config: ParallelConfig) -> None:
     for linear in model.bit_linears().values():
         linear.keeps_codes = False
     reshard = config.reshard_after_forward
-    megabytes = GATHER_MB if config.gather_mb is None else config.gather_mb
+    megabytes = DEFAULT_GATHER_MB if config.gather_mb is None else config.gather_mb
     for group in layer_groups(model, megabytes):
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)

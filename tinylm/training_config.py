@@ -17,8 +17,8 @@ from tinylm.tokenizer import DEFAULT_TOKENIZER
 
 SCHEDULES = ("cosine", "linear", "two-stage")
 PRECISIONS = ("auto", "fp32", "bf16")
-GATHER_MB = 150
 PARALLEL_MODES = ("ddp", "fsdp", "hsdp")
+DEFAULT_GATHER_MB = 150
 DEFAULT_BATCH_SIZE = 16
 QUANTIZERS = ("auto", "torch", "triton")
 ATTENTION = ("auto", "flash", "cudnn", "sdpa", "plain")
@@ -394,7 +394,7 @@ class ParallelConfig:
     gather_mb: int | None = setting(
         None,
         help="fsdp, hsdp: layers whose weights are gathered in one exchange, as many as together "
-        f"have this many megabytes; 0: each by itself. Default: {GATHER_MB}.",
+        f"have this many megabytes; 0: each by itself. Default: {DEFAULT_GATHER_MB}.",
     )
 
     def __post_init__(self) -> None:
