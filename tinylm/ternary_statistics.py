@@ -44,20 +44,14 @@ class TernaryCodes:
 @torch.no_grad()
 def ternary_codes(model: TinyLM) -> list[TernaryCodes]:
     """Return the codes of every BitLinear; of a sharded model every process must ask."""
-    stacks = [
-        (kind, layers[start : start + together])
-        for kind, layers in _by_kind(model).items()
-        for together in [max(1, _WEIGHTS_AT_ONCE // layers[0].weight.numel())]
-        for start in range(0, len(layers), together)
-    ]
+    stacks = _stacks(model)
     if not stacks:
         return []
     totals = torch.cat([abs_sum(_stacked(layers), dim=(1, 2)) for _, layers in stacks])
-    totals = _over_all(totals, stacks[0][1][0])
+    lengths = [len(layers) for _, layers in stacks]
     result = []
-    for (kind, layers), total in zip(
-        stacks, totals.split([len(layers) for _, layers in stacks]), strict=True
-    ):
+    # Each is stacked once more: kept, the stacks would be a second model.
+    for (kind, layers), total in zip(stacks, _over_all(totals, model).split(lengths), strict=True):
         numel = layers[0].weight.numel()
         scale = scale_of_sum(total, numel)[:, None, None]
         values = quantization.ternary_codes(_stacked(layers), scale).to(torch.int8)
@@ -65,11 +59,17 @@ def ternary_codes(model: TinyLM) -> list[TernaryCodes]:
     return result
 
 
-def _by_kind(model: TinyLM) -> dict[str, list[BitLinear]]:
+def _stacks(model: TinyLM) -> list[tuple[str, list[BitLinear]]]:
+    """Return the layers by kind, in as many portions as may be stacked."""
     kinds: dict[str, list[BitLinear]] = {}
     for name, layer in model.bit_linears().items():
         kinds.setdefault(name.rpartition(".")[2], []).append(layer)
-    return kinds
+    stacks = []
+    for kind, layers in kinds.items():
+        together = max(1, _WEIGHTS_AT_ONCE // layers[0].weight.numel())
+        for start in range(0, len(layers), together):
+            stacks.append((kind, layers[start : start + together]))
+    return stacks
 
 
 def _stacked(layers: Sequence[BitLinear]) -> Tensor:
@@ -77,9 +77,10 @@ def _stacked(layers: Sequence[BitLinear]) -> Tensor:
     return torch.stack([local(layer.weight) for layer in layers]).float()
 
 
-def _over_all(counted: Tensor, layer: BitLinear) -> Tensor:
-    """Return what was counted of all parts of layers sharded like this one."""
-    return sum_over_parts(counted, layer.weight) if is_sharded(layer.weight) else counted
+def _over_all(counted: Tensor, model: TinyLM) -> Tensor:
+    """Return what was counted of all parts of a model, whose weights are all sharded or none."""
+    weight = model.embed_tokens.weight
+    return sum_over_parts(counted, weight) if is_sharded(weight) else counted
 
 
 def ternary_statistics(
@@ -111,8 +112,7 @@ def start_statistics(
         return dict
     earlier = [None] * len(codes) if before is None else [found.values for found in before]
     counts = [_count(found.values, old) for found, old in zip(codes, earlier, strict=True)]
-    any_layer = next(iter(model.bit_linears().values()))
-    read = start_reading(_over_all(torch.stack(counts), any_layer).flatten())
+    read = start_reading(_over_all(torch.stack(counts), model).flatten())
     # What waits must not keep the codes, a byte a weight, while the next batch is under way.
     sizes, with_flips = [(found.kind, found.size) for found in codes], before is not None
 
