@@ -168,24 +168,6 @@ def bit_linear(
     return y
 
 
-def quantize(
-    x: Tensor, norm: Tensor | None, *, activation: str, eps: float = 1e-5, gated: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the quantised rows [M, K] (int8; int32 in units of 2**-9 for fp8) and s [M]."""
-    m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
-    q = poisoned(m, k, dtype=torch.int8 if activation == "int8" else torch.int32)
-    s = poisoned(m, dtype=torch.float32)
-    workspace = bit_linear_workspace(m, k, activation)
-    _check(
-        library().tinylm_quantize(
-            *(_TYPES[x.dtype], _ACTIVATIONS[activation], *_int64(m, k), int(gated)),
-            *(_pointer(x), _pointer(norm), ctypes.c_float(eps), _pointer(q), _pointer(s)),
-            *(_pointer(workspace), _stream()),
-        )
-    )
-    return q, s
-
-
 def accumulate_int8(q: Tensor, packed: Tensor, n: int, plan: Plan | None = None) -> Tensor:
     """Return the sums of int8 q [M, K] times ternary codes [N, K]: int32 [M, N]."""
     m, k = q.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 
@@ -102,6 +103,40 @@ def test_every_sum_is_exact() -> None:
         assert torch.equal(sums.long(), wide.long()), (seed, m, n, k)
 
 
+# Every plan of trt_plugins/kernels/cuda/gemv_plan.h on 132 multiprocessors, with shares that differ
+# by a tile and without.
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        *((5, 300, 2304), (16, 1056, 2816), (9, 1500, 1028), (8, 5632, 1024), (3, 8200, 516)),
+        *((7, 8200, 4100), (20, 5000, 772), (16, 8190, 4228), (30, 8190, 516), (29, 8190, 8192)),
+    ],
+)
+def test_few_rows_of_many_outputs_give_exact_sums(m: int, n: int, k: int) -> None:
+    g = generator_for(n)
+    codes = ternary(n, k, g)
+    q = torch.randint(-128, 128, (m, k), generator=g, device="cuda", dtype=torch.int8)
+    sums = cuda_kernels.accumulate_int8(q, cuda_kernels.pack(codes), n)
+    assert torch.equal(sums.long(), (q.double() @ codes.double().t()).long())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 8200, 1024), (30, 8190, 516), (100, 1030, 2816)])
+def test_few_rows_of_many_outputs(
+    m: int, n: int, k: int, activation: str, dtype: torch.dtype
+) -> None:
+    layer, g = Linear(1), generator_for(n)
+    layer.activation, layer.dtype, layer.gated, layer.residual = activation, dtype, False, None
+    layer.m, layer.n, layer.k, layer.codes = m, n, k, ternary(n, k, g)
+    layer.norm = torch.rand(k, generator=g, device="cuda") + 0.5
+    layer.scale = torch.full((n,), 0.02, device="cuda")
+    layer.x = torch.randn(m, k, generator=g, device="cuda").to(dtype)
+    if fp8_tensor_cores(layer):
+        pytest.skip("a GPU of so few multiprocessors sums this by fp8 tensor cores")
+    assert (layer.found() == layer.expected()).all(dim=1).float().mean() >= 0.9
+
+
 # Every way to cut a product of many rows on Hopper (trt_plugins/kernels/cuda/product_plan.h).
 PLANS = [cuda_kernels.Plan(rows, k_parts) for rows in (64, 128, 256) for k_parts in (1, 2, 3, 4)]
 PLANS += [cuda_kernels.Plan(128, 1, tiling) for tiling in (1, 2)]
@@ -128,15 +163,22 @@ FP8_SUM_LIMIT = 3e-3
 
 def fp8_tensor_cores(layer: Linear) -> bool:
     """Whether the kernels sum e4m3 activations by fp8 tensor cores, which are not exact."""
-    many, hopper = layer.m > 32, torch.cuda.get_device_capability()[0] == 9
-    return layer.activation == "fp8_e4m3" and layer.dtype != torch.float32 and many and hopper
+    if layer.activation != "fp8_e4m3" or layer.dtype == torch.float32:
+        return False
+    # gemv_beats_wgmma() of trt_plugins/kernels/cuda/gemv_plan.h
+    few = math.ceil(layer.m / 16) * math.ceil(layer.n / 32) <= 2 * num_multiprocessors()
+    return layer.m > 32 and not few and torch.cuda.get_device_capability()[0] == 9
+
+
+def num_multiprocessors() -> int:
+    return int(torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [1024, 4096, 8192])
 def test_sums_of_fp8_tensor_cores(dtype: torch.dtype, k: int) -> None:
     g = generator_for(k)
-    codes, x = ternary(512, k, g), torch.randn(64, k, generator=g, device="cuda").to(dtype)
+    codes, x = ternary(512, k, g), torch.randn(640, k, generator=g, device="cuda").to(dtype)
     ones = torch.ones(512, device="cuda")
     y = cuda_kernels.bit_linear(x, cuda_kernels.pack(codes), ones, None, activation="fp8_e4m3")
     s = 448.0 / x.float().abs().amax(dim=1, keepdim=True)
@@ -146,7 +188,7 @@ def test_sums_of_fp8_tensor_cores(dtype: torch.dtype, k: int) -> None:
     assert worst <= FP8_SUM_LIMIT, float(worst)
 
 
-ROW_INPUTS = (4, 128, 1000, 1024, 1100, 2816, 4096, 4100, 8192, 8196)
+ROW_INPUTS = (4, 128, 1000, 1024, 1100, 2816, 4096, 4100, 8192, 8196, 14336, 16384, 16388)
 
 
 @pytest.mark.parametrize("k", ROW_INPUTS)

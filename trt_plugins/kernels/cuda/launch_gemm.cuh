@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "gemv_plan.h"
 #include "launch.cuh"
 #include "quantize.cuh"
 #include "ternary_gemv.cuh"
@@ -27,12 +28,12 @@ template <Activation kActivation, typename Y>
 cudaError_t launch_square(const Product& p, Tiling tiling, const Output<Y>& out, int num_sms,
                           cudaStream_t stream);
 
-/// Bytes that ternary_gemv reads: every 16 outputs read all activations again, from L2.
-inline std::int64_t gemv_traffic(std::int64_t m, std::int64_t n, std::int64_t k) {
-  return (n + 15) / 16 * m * k;
+/// Whether more than kFewRows rows, too, go by ternary_gemv, although the GPU has wgmma.
+inline bool is_gemv_on_hopper(std::int64_t m, std::int64_t n, Activation activation) {
+  int num_sms = 0;
+  return is_hopper() && count_multiprocessors(num_sms) == cudaSuccess &&
+         gemv_beats_wgmma(m, n, num_digits(activation) > 1, num_sms);
 }
-inline constexpr std::int64_t kMaxGemvTraffic = 24 << 20;       // against ternary_tile
-inline constexpr std::int64_t kMaxHopperGemvTraffic = 8 << 20;  // against ternary_wgmma
 
 namespace detail {
 
@@ -48,14 +49,42 @@ cudaError_t launch_tile(const Product& p, const Output<Y>& out, cudaStream_t str
   return cudaGetLastError();
 }
 
-template <int kTiles, Activation kActivation, typename Y>
-cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
-  const GemvWeights weights{p.weight, num_blocks(p.k)};
-  const dim3 blocks(static_cast<unsigned>((out.n + 15) / 16),
-                    static_cast<unsigned>((p.m + 8 * kTiles - 1) / (8 * kTiles)));
-  return launch_early(ternary_gemv<kActivation, kTiles, Y>, blocks, kGemvThreads, 0, 1, stream,
+template <typename Shape, typename Y>
+cudaError_t launch_gemv(const Product& p, const GemvPlan& plan, const Output<Y>& out,
+                        cudaStream_t stream) {
+  const GemvWeights weights{p.weight, num_blocks(p.k), static_cast<int>((out.n + 15) / 16)};
+  // No more thread blocks on a multiprocessor than planned: those that begin early would gather
+  // where there is room, and others would have nothing to do.
+  constexpr std::int64_t kReserved = 1024;  // of each thread block, by CUDA
+  int shared_memory = 0;
+  if (const auto error =
+          get_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared_memory)) {
+    return error;
+  }
+  const std::int64_t bytes = std::max(Shape::shared_bytes(weights.num_blocks),
+                                      shared_memory / (plan.together + 1) - kReserved);
+  const dim3 grid(static_cast<unsigned>(plan.parts), static_cast<unsigned>(plan.row_blocks));
+  return launch_early(ternary_gemv<Shape, Y>, grid, Shape::kThreads, bytes, 1, stream,
                       p.rows.activations, p.rows.digit_bytes, RowScales{p.rows.s, p.rows.sums},
                       weights, out, static_cast<int>(p.m));
+}
+
+template <Activation kActivation, typename Y>
+cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
+  constexpr bool kHasDigits = num_digits(kActivation) > 1;
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  const GemvPlan plan = plan_gemv(p.m, out.n, p.k, kHasDigits, num_sms);
+  const auto launch = [&](auto shape) {
+    return launch_gemv<decltype(shape)>(p, plan, out, stream);
+  };
+  if constexpr (!kHasDigits) {
+    if (plan.row_tiles == 4) return launch(GemvShape<kActivation, 4, 2, 8>{});
+  }
+  if (plan.row_tiles == 2) return launch(GemvShape<kActivation, 2, 2, 8>{});
+  if (plan.output_tiles == 2) return launch(GemvShape<kActivation, 1, 2, 8>{});
+  if (plan.warps == 16) return launch(GemvShape<kActivation, 1, 1, 16>{});
+  return launch(GemvShape<kActivation, 1, 1, 8>{});
 }
 
 }  // namespace detail
@@ -66,18 +95,17 @@ cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t 
   // Warps n x m, fragments n x m, stages, thread blocks on a multiprocessor.
   using Small = TileShape<2, 2, 2, 4, 4, 3>;  // 64 outputs x 64 rows
   using Large = TileShape<4, 2, 2, 8, 4, 2>;  // 128 outputs x 128 rows
-  constexpr std::int64_t kEnoughBlocks = 100;
+  constexpr std::int64_t kEnoughBlocks = 100, kMostGemvTraffic = 24 << 20;
   if (p.rows.layout == RowLayout::kSwizzled) {
     // Exact fp8 products of float32 tensors have digits.
     constexpr bool kExists = kActivation == Activation::kInt8 || sizeof(Y) == 2;
     if constexpr (kExists) return launch_wgmma<kActivation>(p, out, stream);
     return cudaErrorInvalidValue;
   }
-  if (p.m <= 8) return detail::launch_gemv<1, kActivation>(p, out, stream);
-  if (p.m <= 16) return detail::launch_gemv<2, kActivation>(p, out, stream);
-  if (p.m <= 32) return detail::launch_gemv<4, kActivation>(p, out, stream);
-  if (gemv_traffic(p.m, out.n, p.k) <= kMaxGemvTraffic) {
-    return detail::launch_gemv<8, kActivation>(p, out, stream);
+  const std::int64_t traffic = (out.n + 15) / 16 * p.m * p.k;  // 16 outputs read all activations
+  if (p.m <= kFewRows || traffic <= kMostGemvTraffic ||
+      is_gemv_on_hopper(p.m, out.n, kActivation)) {
+    return detail::launch_gemv<kActivation>(p, out, stream);
   }
   const std::int64_t large_blocks = (p.m + 127) / 128 * ((out.n + 127) / 128);
   if (large_blocks >= kEnoughBlocks) return detail::launch_tile<Large, kActivation>(p, out, stream);

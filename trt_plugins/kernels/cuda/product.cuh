@@ -27,9 +27,11 @@ inline bool is_hopper() {
 #endif
 }
 
+/// Up to so many rows no product goes by wgmma.
+inline constexpr std::int64_t kFewRows = 32;
+
 /// The order that the product of m rows wants.
 inline RowLayout row_layout(std::int64_t m) {
-  constexpr std::int64_t kFewRows = 32;
   return m > kFewRows && is_hopper() ? RowLayout::kSwizzled : RowLayout::kFragments;
 }
 

@@ -18,13 +18,18 @@ RowSource<T> row_source(const BitLinearParams& p) {
 
 /// The order of rows that bit_linear()'s kernels take.
 RowLayout layout_of(const BitLinearParams& p) {
-  constexpr std::int64_t kMostGemvHopperRows = 64;
   // fp8 tensor cores are not exact: float32 tensors keep to digits.
   const bool digits = p.activation == Activation::kFp8E4m3 && p.type == DataType::kFloat;
-  const bool gemv = p.activation == Activation::kInt8 && p.plan == nullptr &&
-                    p.m <= kMostGemvHopperRows &&
-                    gemv_traffic(p.m, p.n, p.k) <= kMaxHopperGemvTraffic;
+  const bool gemv = p.plan == nullptr && is_gemv_on_hopper(p.m, p.n, p.activation);
   return digits || gemv ? RowLayout::kFragments : row_layout(p.m);
+}
+
+/// Whether ternary_gemv_rows is faster, whose thread blocks quantise all rows, each for itself.
+bool takes_rows(const BitLinearParams& p, int num_sms) {
+  const bool int8 = p.activation == Activation::kInt8;
+  const bool one_tile = p.n <= std::int64_t{16} * num_sms;  // of outputs, a thread block
+  const int most = one_tile ? (int8 ? 4 : 3) : (int8 ? 2 : 0);
+  return p.m <= most && p.k <= kMostRowsInputs && is_hopper();
 }
 
 template <int kThreads_, int kVectors_, int kBlocks_>
@@ -60,7 +65,8 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   }
   if (k <= 1024) return launch(QuantizeShape<256, 1, 4>{});
   if (k <= 4096) return launch(QuantizeShape<512, 2, 2>{});
-  if (k <= 8192) return launch(QuantizeShape<512, 4, 2>{});
+  if (k <= 8192) return launch(QuantizeShape<1024, 2, 1>{});
+  if (k <= 16384) return launch(QuantizeShape<1024, 4, 1>{});
   return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
                       kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,
                       row_source<T>(p), num_blocks(p.k), rows);
@@ -82,8 +88,9 @@ cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStrea
   int num_sms = 0;
   if (const auto error = count_multiprocessors(num_sms)) return error;
   const auto tiles = static_cast<int>((p.n + 15) / 16);
-  // Two thread blocks for each multiprocessor, since each quantises the row.
-  const int each = std::min((tiles + 2 * num_sms - 1) / (2 * num_sms), Shape::kMostTiles);
+  // Few thread blocks for each multiprocessor, since each quantises the row.
+  const int few = Shape::kTogether * num_sms;
+  const int each = std::min((tiles + few - 1) / few, Shape::kMostTiles);
   const int blocks = num_blocks(p.k), parts = warps_of_tile(blocks, each, Shape::kWarps);
   const RowWeights weights{p.weight, blocks, tiles, each, parts, blocks / parts};
   return launch_early(ternary_gemv_row<Shape, kActivation, T>,
@@ -92,14 +99,13 @@ cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStrea
                       weights, out);
 }
 
-template <int kVectors, Activation kActivation, typename T>
-cudaError_t launch_rows(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
-  int num_sms = 0;
-  if (const auto error = count_multiprocessors(num_sms)) return error;
+template <Activation kActivation, typename T>
+cudaError_t launch_rows(const BitLinearParams& p, const Output<T>& out, int num_sms,
+                        cudaStream_t stream) {
   const auto tiles = static_cast<int>((p.n + 15) / 16);
   const int each = std::min((tiles + num_sms - 1) / num_sms, kRowsWarps), blocks = num_blocks(p.k);
   const RowsWeights weights{p.weight, blocks, tiles, each, std::min(kRowsWarps / each, blocks)};
-  return launch_early(ternary_gemv_rows<kVectors, kActivation, T>,
+  return launch_early(ternary_gemv_rows<kActivation, T>,
                       dim3(static_cast<unsigned>((tiles + each - 1) / each)), kRowsThreads,
                       rows_shared_bytes<kActivation>(blocks), 1, stream, row_source<T>(p),
                       static_cast<int>(p.m), weights, out);
@@ -114,37 +120,14 @@ cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) 
     if (p.k <= 3072) return launch_row<RowShape<384, 2>, kActivation>(p, out, stream);
     if (p.k <= 4096) return launch_row<RowShape<256, 4>, kActivation>(p, out, stream);
     if (p.k <= 8192) return launch_row<RowShape<256, 8>, kActivation>(p, out, stream);
+    if (p.k <= 16384) return launch_row<RowShape<512, 8>, kActivation>(p, out, stream);
   }
-  if (p.m <= kMostGemvRows && p.k <= 3072 && is_hopper()) {
-    if (p.k <= 1024) return launch_rows<2, kActivation>(p, out, stream);
-    return launch_rows<6, kActivation>(p, out, stream);
-  }
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
+  if (takes_rows(p, num_sms)) return launch_rows<kActivation>(p, out, num_sms, stream);
   const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
   if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
   return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}, p.plan}, out, stream);
-}
-
-/// Back from the order of fragments to [m, k].
-template <Activation kActivation>
-__global__ void gather_quantized(QuantizedRows rows, void* q, float* s, int k, int blocks) {
-  const std::int64_t row = blockIdx.x;
-  for (int i = threadIdx.x; i < k; i += blockDim.x) {
-    int value = 0;
-    for (int digit = num_digits(kActivation) - 1; digit >= 0; --digit) {
-      const std::uint8_t* word = detail::quantized_word(rows, digit, row, i / 4 * 4, blocks);
-      value = value * 256 + static_cast<std::int8_t>(word[i % 4]);
-      if (kActivation == Activation::kFp8E4m3 && rows.layout == RowLayout::kSwizzled) {
-        value = detail::fp8_units(static_cast<__nv_fp8_storage_t>(word[i % 4]));
-        // As it is, in digit 0, the last one here.
-      }
-    }
-    if (kActivation == Activation::kInt8) {
-      static_cast<std::int8_t*>(q)[row * k + i] = static_cast<std::int8_t>(value);
-    } else {
-      static_cast<std::int32_t*>(q)[row * k + i] = value;
-    }
-  }
-  if (threadIdx.x == 0) s[row] = rows.s[row];
 }
 
 }  // namespace
@@ -162,27 +145,6 @@ cudaError_t bit_linear(const BitLinearParams& p, void* workspace, cudaStream_t s
     using T = decltype(element);
     if (p.activation == Activation::kInt8) return run<Activation::kInt8, T>(p, workspace, stream);
     return run<Activation::kFp8E4m3, T>(p, workspace, stream);
-  });
-}
-
-cudaError_t quantize(const BitLinearParams& p, void* q, float* s, void* workspace,
-                     cudaStream_t stream) {
-  if (!valid(p)) return cudaErrorInvalidValue;
-  if (p.m == 0) return cudaSuccess;
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, p.activation, layout_of(p));
-  return with_type(p.type, [&](auto element) {
-    using T = decltype(element);
-    const auto run_one = [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
-      gather_quantized<kActivation><<<static_cast<unsigned>(p.m), kQuantizeThreads, 0, stream>>>(
-          rows, q, s, static_cast<int>(p.k), num_blocks(p.k));
-      return cudaGetLastError();
-    };
-    if (p.activation == Activation::kInt8) {
-      return run_one(std::integral_constant<Activation, Activation::kInt8>{});
-    }
-    return run_one(std::integral_constant<Activation, Activation::kFp8E4m3>{});
   });
 }
 

@@ -50,12 +50,6 @@ std::int64_t bit_linear_workspace(std::int64_t m, std::int64_t k, Activation act
 /// @return cudaErrorInvalidValue where a size is out of range, else what the launch gave.
 cudaError_t bit_linear(const BitLinearParams& params, void* workspace, cudaStream_t stream);
 
-/// The quantiser alone, for tests.
-/// @param q int8 [m, k] for int8 activations; int32 [m, k] in units of 2^-9 for fp8_e4m3.
-/// @param s float [m].
-cudaError_t quantize(const BitLinearParams& params, void* q, float* s, void* workspace,
-                     cudaStream_t stream);
-
 /// The exact sums alone: int8 q [m, k] times the weights, int32 [m, n].
 /// @param workspace bit_linear_workspace(m, k, kInt8) bytes.
 cudaError_t accumulate_int8(const std::int8_t* q, const std::uint8_t* weight, std::int64_t m,

@@ -19,6 +19,7 @@ template <int kThreads_, int kVectors_>
 struct RowShape {
   static constexpr int kThreads = kThreads_, kVectors = kVectors_;
   static constexpr int kSlots = 8;  // blocks of weights on their way to a warp
+  static constexpr int kTogether = kThreads < 512 ? 2 : 1;  // on a multiprocessor, at least
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostTiles = kWarps < 8 ? kWarps : 8;  // 16 outputs each, of a thread block
 };
@@ -49,20 +50,14 @@ std::int64_t row_shared_bytes(const RowWeights& weights) {
 
 namespace detail {
 
-/// Adds a block of weights times the row, which every column of B holds; the first one's sums are
-/// used. `row` is its first digit at this lane's words.
-template <int kDigits>
-__device__ inline void add_row_block(int (&acc)[kDigits][2][4], uint4 words,
-                                     const std::uint8_t* row, int k_padded) {
+/// Adds a block of weights times the row. `row` is a digit of it at this lane's words: each column
+/// of B holds one.
+__device__ inline void add_row_block(int (&acc)[2][4], uint4 words, const std::uint8_t* row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     std::uint32_t first[4], second[4];
     mask_codes(half == 0 ? words.x : words.z, half == 0 ? words.y : words.w, first, second);
-#pragma unroll
-    for (int digit = 0; digit < kDigits; ++digit) {
-      mma_masked(acc[digit], first, second,
-                 *reinterpret_cast<const uint4*>(row + digit * k_padded + half * 64));
-    }
+    mma_masked(acc, first, second, *reinterpret_cast<const uint4*>(row + half * 64));
   }
 }
 
@@ -70,7 +65,7 @@ __device__ inline void add_row_block(int (&acc)[kDigits][2][4], uint4 words,
 
 /// Grid: num_tiles / tiles_per_block, rounded up.
 template <typename Shape, Activation kActivation, typename T>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kTogether)
     ternary_gemv_row(RowSource<T> source, RowWeights weights, Output<T> out) {
   constexpr int kDigits = num_digits(kActivation), kWarps = Shape::kWarps;
   constexpr int kSlotsBytes = Shape::kSlots * kWeightBlockBytes;
@@ -128,8 +123,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   reduce.leave_sum(sum);
   __syncthreads();
 
-  const std::uint8_t* at = q + t * 16 + part * weights.blocks_per_warp * kBlockInputs;
-  int acc[kDigits][2][4] = {};
+  // Column g of B is digit g.
+  const std::uint8_t* at =
+      q + (g < kDigits ? g : 0) * k_padded + t * 16 + part * weights.blocks_per_warp * kBlockInputs;
+  int acc[2][4] = {};
   for (int first = 0; first < my_blocks; first += Shape::kSlots) {
     packed += kSlotsBytes;
 #pragma unroll
@@ -146,7 +143,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kPair; ++i) {
         const int row = first + slot + i < my_blocks ? slot + i : slot;
-        detail::add_row_block<kDigits>(acc, words[i], at + row * kBlockInputs, k_padded);
+        detail::add_row_block(acc, words[i], at + row * kBlockInputs);
       }
 #pragma unroll
       for (int i = 0; i < kPair; ++i) {
@@ -159,16 +156,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     }
     at += Shape::kSlots * kBlockInputs;
   }
-  if (t == 0 && my_blocks > 0) {
+  // Lane 4g has the sums of digits 0 and 1, the lane after it those of digit 2.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int value = 0;
-#pragma unroll
-      for (int digit = kDigits - 1; digit >= 0; --digit) {
-        value = value * 256 + joined_sum(acc[digit], 2 * half);
-      }
-      parts[warp * 16 + 8 * half + g] = value;
+  for (int half = 0; half < 2; ++half) {
+    int value = joined_sum(acc, 2 * half);
+    if constexpr (kDigits > 1) {
+      static_assert(kDigits == 3);
+      const int last = __shfl_down_sync(0xffffffffU, value, 1);
+      value += 256 * (joined_sum(acc, 2 * half + 1) + 256 * last);
     }
+    if (t == 0 && my_blocks > 0) parts[warp * 16 + 8 * half + g] = value;
   }
   __syncthreads();
   if (!has_output) return;

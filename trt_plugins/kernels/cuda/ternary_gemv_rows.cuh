@@ -13,6 +13,8 @@ inline constexpr int kRowsThreads = 512;
 inline constexpr int kRowsWarps = kRowsThreads / 32;
 inline constexpr int kMostGemvRows = 4;
 inline constexpr int kThreadsPerRow = kRowsThreads / kMostGemvRows;
+inline constexpr int kRowsVectors = 2;  // of four values, of a thread
+inline constexpr int kMostRowsInputs = 4 * kThreadsPerRow * kRowsVectors;
 
 /// How outputs and K are shared.
 struct RowsWeights {
@@ -44,13 +46,11 @@ std::int64_t rows_shared_bytes(int num_blocks) {
 }
 
 /// Grid: num_tiles / tiles_per_block, rounded up.
-/// @tparam kVectors A row has up to 512 * kVectors inputs.
-template <int kVectors, Activation kActivation, typename T>
+template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kRowsThreads, 2)
     ternary_gemv_rows(RowSource<T> source, int m, RowsWeights weights, Output<T> out) {
   constexpr int kDigits = num_digits(kActivation), kAhead = 4;
-  // Rows of many inputs leave no registers for the norm's weights.
-  using Row = RegisterRow<kThreadsPerRow, kVectors, T, (kVectors <= 2)>;
+  using Row = RegisterRow<kThreadsPerRow, kRowsVectors, T>;
   using Reduction = RowReduction<kThreadsPerRow, true>;
   extern __shared__ __align__(16) std::uint8_t q[];  // [digit][K/128] blocks of 1024 bytes
   __shared__ typename Reduction::Memory reductions[kMostGemvRows];

@@ -44,22 +44,6 @@ TINYLM_TEST_API int tinylm_bit_linear(int type, int activation, std::int64_t m, 
   return bit_linear(params, workspace, static_cast<cudaStream_t>(stream));
 }
 
-TINYLM_TEST_API int tinylm_quantize(int type, int activation, std::int64_t m, std::int64_t k,
-                                    int gated, const void* x, const float* norm_weight, float eps,
-                                    void* q, float* s, void* workspace, void* stream) {
-  BitLinearParams params;
-  params.type = static_cast<DataType>(type);
-  params.activation = static_cast<Activation>(activation);
-  params.m = m;
-  params.n = 1;
-  params.k = k;
-  params.gated = gated != 0;
-  params.x = x;
-  params.norm_weight = norm_weight;
-  params.eps = eps;
-  return quantize(params, q, s, workspace, static_cast<cudaStream_t>(stream));
-}
-
 TINYLM_TEST_API int tinylm_accumulate_int8(const std::int8_t* q, const std::uint8_t* weight,
                                            std::int64_t m, std::int64_t n, std::int64_t k,
                                            std::int32_t* sums, const std::int32_t* plan,
