@@ -48,7 +48,7 @@ EOF
 # Only files with such tests: the others may need packages that are not on this machine.
 mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
 export TINYLM_REQUIRE_GPU=1  # a test that is skipped is a failure here
-# Most of the time goes into building engines, on one core each.
+# Most of the time goes into building engines, on one core each; PROCESSES build at once.
 workers=()
-if "$python" -c "import xdist" 2>/dev/null; then workers=(--numprocesses 8); fi
+if "$python" -c "import xdist" 2>/dev/null; then workers=(--numprocesses "${PROCESSES:-8}"); fi
 exec "$python" -m pytest -m gpu -p no:cacheprovider --durations 15 "${workers[@]}" "${files[@]}"
