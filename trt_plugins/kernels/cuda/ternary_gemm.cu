@@ -65,7 +65,8 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
   }
   if (k <= 1024) return launch(QuantizeShape<256, 1, 4>{});
   if (k <= 4096) return launch(QuantizeShape<512, 2, 2>{});
-  if (k <= 8192) return launch(QuantizeShape<1024, 2, 1>{});
+  if (k <= 8192 && p.m <= kFewRows) return launch(QuantizeShape<1024, 2, 1>{});
+  if (k <= 8192) return launch(QuantizeShape<512, 4, 2>{});
   if (k <= 16384) return launch(QuantizeShape<1024, 4, 1>{});
   return launch_early(quantize_long_rows<kActivation, kRaw, T>, dim3(static_cast<unsigned>(p.m)),
                       kQuantizeThreads, p.k * static_cast<std::int64_t>(sizeof(float)), 1, stream,
