@@ -28,11 +28,10 @@ template <Activation kActivation, typename Y>
 cudaError_t launch_square(const Product& p, Tiling tiling, const Output<Y>& out, int num_sms,
                           cudaStream_t stream);
 
-/// Whether more than kFewRows rows, too, go by ternary_gemv, although the GPU has wgmma.
-inline bool is_gemv_on_hopper(std::int64_t m, std::int64_t n, Activation activation) {
-  int num_sms = 0;
-  return is_hopper() && count_multiprocessors(num_sms) == cudaSuccess &&
-         gemv_beats_wgmma(m, n, num_digits(activation) > 1, num_sms);
+/// Whether m rows go by ternary_gemv where the GPU might have wgmma.
+inline bool takes_gemv(std::int64_t m, std::int64_t n, Activation activation, int num_sms) {
+  return m <= kFewRows ||
+         (is_hopper() && gemv_beats_wgmma(m, n, num_digits(activation) > 1, num_sms));
 }
 
 namespace detail {
@@ -70,10 +69,8 @@ cudaError_t launch_gemv(const Product& p, const GemvPlan& plan, const Output<Y>&
 }
 
 template <Activation kActivation, typename Y>
-cudaError_t launch_gemv(const Product& p, const Output<Y>& out, cudaStream_t stream) {
+cudaError_t launch_gemv(const Product& p, const Output<Y>& out, int num_sms, cudaStream_t stream) {
   constexpr bool kHasDigits = num_digits(kActivation) > 1;
-  int num_sms = 0;
-  if (const auto error = count_multiprocessors(num_sms)) return error;
   const GemvPlan plan = plan_gemv(p.m, out.n, p.k, kHasDigits, num_sms);
   const auto launch = [&](auto shape) {
     return launch_gemv<decltype(shape)>(p, plan, out, stream);
@@ -102,10 +99,11 @@ cudaError_t launch_product(const Product& p, const Output<Y>& out, cudaStream_t 
     if constexpr (kExists) return launch_wgmma<kActivation>(p, out, stream);
     return cudaErrorInvalidValue;
   }
+  int num_sms = 0;
+  if (const auto error = count_multiprocessors(num_sms)) return error;
   const std::int64_t traffic = (out.n + 15) / 16 * p.m * p.k;  // 16 outputs read all activations
-  if (p.m <= kFewRows || traffic <= kMostGemvTraffic ||
-      is_gemv_on_hopper(p.m, out.n, kActivation)) {
-    return detail::launch_gemv<kActivation>(p, out, stream);
+  if (takes_gemv(p.m, out.n, kActivation, num_sms) || traffic <= kMostGemvTraffic) {
+    return detail::launch_gemv<kActivation>(p, out, num_sms, stream);
   }
   const std::int64_t large_blocks = (p.m + 127) / 128 * ((out.n + 127) / 128);
   if (large_blocks >= kEnoughBlocks) return detail::launch_tile<Large, kActivation>(p, out, stream);

@@ -17,10 +17,10 @@ RowSource<T> row_source(const BitLinearParams& p) {
 }
 
 /// The order of rows that bit_linear()'s kernels take.
-RowLayout layout_of(const BitLinearParams& p) {
+RowLayout layout_of(const BitLinearParams& p, int num_sms) {
   // fp8 tensor cores are not exact: float32 tensors keep to digits.
   const bool digits = p.activation == Activation::kFp8E4m3 && p.type == DataType::kFloat;
-  const bool gemv = p.plan == nullptr && is_gemv_on_hopper(p.m, p.n, p.activation);
+  const bool gemv = p.plan == nullptr && takes_gemv(p.m, p.n, p.activation, num_sms);
   return digits || gemv ? RowLayout::kFragments : row_layout(p.m);
 }
 
@@ -40,12 +40,10 @@ struct QuantizeShape {
 };
 
 template <Activation kActivation, bool kRaw, typename T>
-cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
+cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows, int num_sms,
                             cudaStream_t stream) {
   constexpr std::int64_t kManyRows = 512;
   const std::int64_t k = round_up(p.k, kBlockInputs);
-  int num_sms = 0;
-  if (const auto error = count_multiprocessors(num_sms)) return error;
   const auto launch = [&](auto shape) {
     using S = decltype(shape);
     const std::int64_t most = static_cast<std::int64_t>(num_sms) * S::kBlocks;
@@ -74,20 +72,19 @@ cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
 }
 
 template <Activation kActivation, typename T>
-cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows,
+cudaError_t launch_quantize(const BitLinearParams& p, const QuantizedRows& rows, int num_sms,
                             cudaStream_t stream) {
   if constexpr (kActivation == Activation::kFp8E4m3 && !std::is_same_v<T, float>) {
     if (rows.layout == RowLayout::kSwizzled) {
-      return launch_quantize<kActivation, true, T>(p, rows, stream);
+      return launch_quantize<kActivation, true, T>(p, rows, num_sms, stream);
     }
   }
-  return launch_quantize<kActivation, false, T>(p, rows, stream);
+  return launch_quantize<kActivation, false, T>(p, rows, num_sms, stream);
 }
 
 template <typename Shape, Activation kActivation, typename T>
-cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, cudaStream_t stream) {
-  int num_sms = 0;
-  if (const auto error = count_multiprocessors(num_sms)) return error;
+cudaError_t launch_row(const BitLinearParams& p, const Output<T>& out, int num_sms,
+                       cudaStream_t stream) {
   const auto tiles = static_cast<int>((p.n + 15) / 16);
   // Few thread blocks for each multiprocessor, since each quantises the row.
   const int few = Shape::kTogether * num_sms;
@@ -115,19 +112,19 @@ cudaError_t launch_rows(const BitLinearParams& p, const Output<T>& out, int num_
 template <Activation kActivation, typename T>
 cudaError_t run(const BitLinearParams& p, void* workspace, cudaStream_t stream) {
   const Output<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.residual), p.weight_scale, p.n};
-  if (p.m == 1) {
-    if (p.k <= 1024) return launch_row<RowShape<128, 2>, kActivation>(p, out, stream);
-    if (p.k <= 2048) return launch_row<RowShape<256, 2>, kActivation>(p, out, stream);
-    if (p.k <= 3072) return launch_row<RowShape<384, 2>, kActivation>(p, out, stream);
-    if (p.k <= 4096) return launch_row<RowShape<256, 4>, kActivation>(p, out, stream);
-    if (p.k <= 8192) return launch_row<RowShape<256, 8>, kActivation>(p, out, stream);
-    if (p.k <= 16384) return launch_row<RowShape<512, 8>, kActivation>(p, out, stream);
-  }
   int num_sms = 0;
   if (const auto error = count_multiprocessors(num_sms)) return error;
+  if (p.m == 1) {
+    if (p.k <= 1024) return launch_row<RowShape<128, 2>, kActivation>(p, out, num_sms, stream);
+    if (p.k <= 2048) return launch_row<RowShape<256, 2>, kActivation>(p, out, num_sms, stream);
+    if (p.k <= 3072) return launch_row<RowShape<384, 2>, kActivation>(p, out, num_sms, stream);
+    if (p.k <= 4096) return launch_row<RowShape<256, 4>, kActivation>(p, out, num_sms, stream);
+    if (p.k <= 8192) return launch_row<RowShape<256, 8>, kActivation>(p, out, num_sms, stream);
+    if (p.k <= 16384) return launch_row<RowShape<512, 8>, kActivation>(p, out, num_sms, stream);
+  }
   if (takes_rows(p, num_sms)) return launch_rows<kActivation>(p, out, num_sms, stream);
-  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p));
-  if (const auto error = launch_quantize<kActivation, T>(p, rows, stream)) return error;
+  const QuantizedRows rows = cut_workspace(workspace, p.m, p.k, kActivation, layout_of(p, num_sms));
+  if (const auto error = launch_quantize<kActivation, T>(p, rows, num_sms, stream)) return error;
   return launch_product<kActivation>({rows, p.weight, p.m, p.k, {}, p.plan}, out, stream);
 }
 
